@@ -1,0 +1,1 @@
+"""cpr: update the QEMU under running guests without anybody noticing."""

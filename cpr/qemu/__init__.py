@@ -1,0 +1,1 @@
+"""QEMU itself: its monitor, its command line, its memory and its migration; knows no engine."""

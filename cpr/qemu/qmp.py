@@ -1,0 +1,316 @@
+"""A blocking QMP client: `qemu.qmp` with its event loop boxed in one daemon thread.
+
+    with connect(address) as monitor:
+        monitor.execute("query-status")                 # {'status': 'running', ...}
+        with monitor.command_fd(3): ...                 # descriptors travel by SCM_RIGHTS
+        monitor.wait_event({"MIGRATION"}, timeout=5)
+
+Everything that can come from the other side, silence, nonsense, a hang-up, an error reply, becomes `MonitorError` (or
+`CommandFailed` for a proper error reply). Which commands mean what is not known here.
+
+The event loop is one for the whole process. Calls may come from any thread; one monitor is used by one thread at a
+time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.protocol import StateError
+
+from cpr.errors import CommandFailed, MonitorError, MonitorHeld
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine, Iterator
+
+    from cpr.model import MonitorAddress
+
+T = TypeVar("T")
+
+GREETING_SECONDS = 3.0
+"""A QEMU whose main loop is alive greets within milliseconds; one client at a time is served."""
+COMMAND_SECONDS = 30.0
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters is raised, with its reason
+
+
+class _Loop:
+    """The one event loop, in a thread of its own, started at first use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True).start()
+            return self._loop
+
+    def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self.get())
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            future.cancel()
+            raise TimeoutError from None
+
+
+_loop = _Loop()
+
+
+class Event:
+    """One event: name, data and QEMU's own timestamp in seconds since the epoch."""
+
+    __slots__ = ("data", "name", "timestamp")
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self.name = str(message.get("event", ""))
+        data = message.get("data", {})
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+        stamp = message.get("timestamp", {})
+        seconds, micro = (stamp.get("seconds", -1), stamp.get("microseconds", 0)) if isinstance(stamp, dict) else (-1, 0)
+        self.timestamp = float(seconds) + float(micro) / 1e6 if isinstance(seconds, int) and seconds >= 0 else -1.0
+
+    def __repr__(self) -> str:
+        return f"Event({self.name}, {self.data})"
+
+
+class Monitor:
+    """A negotiated QMP session. Errors: `MonitorError`, `CommandFailed`."""
+
+    def __init__(self, client: QMPClient, address: str) -> None:
+        self.address = address
+        self._client = client
+        self._events: list[Event] = []
+        self._arrived = threading.Condition()
+        self._closed = False
+        self._pump_ended = False
+        asyncio.run_coroutine_threadsafe(self._pump(), _loop.get())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def greeting_version(self) -> tuple[str, str]:
+        """(version, package) of the QEMU that greeted, e.g. ("7.2.22", "Debian 1:7.2+dfsg-7+deb12u18+b3")."""
+        greeting = self._client.greeting
+        if greeting is None:
+            return "", ""
+        version = greeting.QMP.version
+        qemu = version.get("qemu", {}) if isinstance(version, dict) else {}
+        return (
+            ".".join(str(qemu.get(k, "?")) for k in ("major", "minor", "micro")),
+            str(version.get("package", "")) if isinstance(version, dict) else "",
+        )
+
+    async def _pump(self) -> None:
+        """Collect events until the session ends."""
+        gone = asyncio.ensure_future(self._gone())
+        try:
+            while not gone.done():
+                event = asyncio.ensure_future(self._client.events.get())
+                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    break
+                with self._arrived:
+                    self._events.append(Event(dict(event.result())))
+                    self._arrived.notify_all()
+        finally:
+            gone.cancel()
+            with self._arrived:
+                self._pump_ended = True
+                self._arrived.notify_all()
+
+    async def _gone(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+        """Run one command and return its value. Underscores in argument names stand for hyphens."""
+        return self.execute_arguments(command, {k.replace("_", "-"): v for k, v in arguments.items()}, timeout=timeout)
+
+    def execute_arguments(
+        self, command: str, arguments: dict[str, Any], *, timeout: float = COMMAND_SECONDS
+    ) -> Any:
+        """Run one command whose argument names are taken as they stand."""
+        try:
+            return _loop.run(self._client.execute(command, arguments or None), timeout)
+        except ExecuteError as error:
+            raise CommandFailed(command, error.error_class, _description(error)) from None
+        except TimeoutError:
+            raise MonitorError(self.address, f"no answer to {command} within {timeout:g} s") from None
+        except (ExecInterruptedError, StateError, EOFError, ConnectionError):
+            raise MonitorError(self.address, f"QEMU hung up during {command}") from None
+        except (QMPError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise MonitorError(self.address, f"{command}: unusable reply: {_words(error)}") from None
+
+    def send_fd(self, name: str, number: int) -> None:
+        """Hand a descriptor to QEMU under a name (`getfd`); the caller keeps its own."""
+        try:
+            _loop.run(self._scm(number), COMMAND_SECONDS)
+        except (QMPError, OSError, TimeoutError) as error:
+            raise MonitorError(self.address, f"could not pass a descriptor: {_words(error)}") from None
+        self.execute("getfd", fdname=name)
+
+    async def _scm(self, number: int) -> None:
+        self._client.send_fd_scm(number)
+
+    def events(self) -> tuple[Event, ...]:
+        """All events so far."""
+        with self._arrived:
+            return tuple(self._events)
+
+    def wait_event(
+        self,
+        names: Collection[str],
+        accept: Callable[[Event], bool] = lambda _: True,
+        *,
+        timeout: float,
+        after: int = 0,
+    ) -> Event:
+        """The first event of one of `names` that `accept` takes, not counting the first `after` events ever seen.
+
+        Raises:
+            TimeoutError: none came within `timeout` seconds.
+            MonitorError: QEMU hung up meanwhile.
+        """
+        deadline = time.monotonic() + timeout
+        seen = after
+        with self._arrived:
+            while True:
+                events = list(self._events)
+                for event in events[seen:]:
+                    if event.name in names and accept(event):
+                        return event
+                seen = len(events)
+                if self._pump_ended:
+                    raise MonitorError(self.address, f"QEMU hung up while {' or '.join(sorted(names))} was awaited")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"no {' or '.join(sorted(names))} within {timeout:g} s")
+                self._arrived.wait(min(left, 0.25))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the session still stands (QEMU has not hung up)."""
+        return not self._closed and self._client.runstate is Runstate.RUNNING
+
+    @property
+    def event_count(self) -> int:
+        return len(self._events)
+
+    def close(self) -> None:
+        """Hang up. Never raises; safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(Exception):
+            _loop.run(self._client.disconnect(), 2.0)
+
+
+def _description(error: ExecuteError) -> str:
+    return str(error.error.desc)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def open_socket(address: MonitorAddress, pid: int | None = None, *, timeout: float = 2.0) -> socket.socket:
+    """Connect to where a monitor listens. With `pid`, a UNIX path is looked up in that process's root and directory.
+
+    Raises:
+        OSError: nobody listens there (any more), or it may not be reached.
+    """
+    if not address.path:
+        return socket.create_connection((address.host, address.port), timeout=timeout)
+    if address.path.startswith("@"):
+        return connect_unix("\0" + address.path[1:], timeout=timeout)
+    return connect_unix(path_in(pid, address.path), timeout=timeout)
+
+
+def path_in(pid: int | None, path: str) -> str:
+    """`path` as the process `pid` sees it, as a path that we can open."""
+    if pid is None:
+        return path
+    return f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
+
+
+def connect_unix(path: str, *, timeout: float = 2.0) -> socket.socket:
+    """Connect to a UNIX stream socket, also where the path is longer than sun_path's 107 bytes."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.settimeout(timeout)
+    try:
+        if path.startswith("\0") or len(os.fsencode(path)) < 108:
+            sock.connect(path)
+        else:
+            directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            finally:
+                os.close(directory)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def negotiate(sock: socket.socket, name: str, *, timeout: float = GREETING_SECONDS) -> Monitor:
+    """Take a connected socket through greeting and negotiation. The socket belongs to the monitor from here on.
+
+    Raises:
+        MonitorHeld: nobody greets: QEMU serves one client a monitor, so somebody else is being served, or it hangs.
+        MonitorError: it hung up or talks nonsense.
+    """
+    client = QMPClient()
+    sock.setblocking(False)
+    try:
+        _loop.run(client.connect(sock), timeout)
+    except TimeoutError:
+        sock.close()
+        raise MonitorHeld(
+            name,
+            f"connected, but no greeting within {timeout:g} s: another client holds this monitor, or QEMU hangs",
+            hint="end the other client's session, or give the guest a second QMP socket",
+        ) from None
+    except (ConnectError, QMPError, OSError, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
+        sock.close()
+        raise MonitorError(name, f"does not speak QMP: {_words(error)}") from None
+    return Monitor(client, name)
+
+
+def connect(address: MonitorAddress, pid: int | None = None, *, timeout: float = GREETING_SECONDS) -> Monitor:
+    """Connect and negotiate. Raises `MonitorError` (`MonitorHeld` where another client is served)."""
+    try:
+        sock = open_socket(address, pid)
+    except TimeoutError:
+        raise MonitorHeld(str(address), "its queue of waiting clients is full", hint="somebody holds it") from None
+    except OSError as error:
+        raise MonitorError(str(address), f"cannot connect: {error.strerror or error}") from None
+    return negotiate(sock, str(address), timeout=timeout)
+
+
+def try_connect(
+    addresses: Collection[MonitorAddress], pid: int | None = None, *, timeout: float = GREETING_SECONDS
+) -> Iterator[Monitor | MonitorError]:
+    """Each address in turn: the monitor, or why not."""
+    for address in addresses:
+        try:
+            yield connect(address, pid, timeout=timeout)
+        except MonitorError as error:
+            yield error
