@@ -79,8 +79,9 @@ class Event:
         data = message.get("data", {})
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
         stamp = message.get("timestamp", {})
-        seconds, micro = (stamp.get("seconds", -1), stamp.get("microseconds", 0)) if isinstance(stamp, dict) else (-1, 0)
-        self.timestamp = float(seconds) + float(micro) / 1e6 if isinstance(seconds, int) and seconds >= 0 else -1.0
+        self.timestamp = -1.0
+        if isinstance(stamp, dict) and isinstance(stamp.get("seconds"), int):
+            self.timestamp = float(stamp["seconds"]) + float(stamp.get("microseconds", 0)) / 1e6
 
     def __repr__(self) -> str:
         return f"Event({self.name}, {self.data})"
@@ -151,7 +152,7 @@ class Monitor:
         try:
             return _loop.run(self._client.execute(command, arguments or None), timeout)
         except ExecuteError as error:
-            raise CommandFailed(command, error.error_class, _description(error)) from None
+            raise CommandFailed(command, error.error_class, str(error)) from None
         except TimeoutError:
             raise MonitorError(self.address, f"no answer to {command} within {timeout:g} s") from None
         except (ExecInterruptedError, StateError, EOFError, ConnectionError):
@@ -221,10 +222,6 @@ class Monitor:
         self._closed = True
         with contextlib.suppress(Exception):
             _loop.run(self._client.disconnect(), 2.0)
-
-
-def _description(error: ExecuteError) -> str:
-    return str(error.error.desc)
 
 
 def _words(error: BaseException) -> str:
