@@ -1,0 +1,92 @@
+"""Reading, editing and rebuilding a running QEMU's command line. Import everything from here.
+
+    parse:    CommandLine.parse(argv), Option.params -> Params
+    ask:      chardevs(c), monitors(c), memory_backends(c), guest_memory(c), netdevs(c), displays(c), drives(c), ...
+    edit:     with_chardev_fd(c, "serial0", 17, server=True), for_incoming(c), ...: CommandLine -> CommandLine
+
+Pure functions, no I/O. What another QEMU version calls an option is `cpr.qemu.options`; -readconfig files are
+`cpr.qemu.readconfig`.
+"""
+
+from cpr.qemu.cmdline.argv import POSITIONAL, CommandLine, Option, UnknownOption
+from cpr.qemu.cmdline.edit import (
+    append_options,
+    for_incoming,
+    for_rehearsal,
+    remove_appended,
+    with_chardev_fd,
+    with_chardev_null,
+    with_fd_number,
+    with_log_append,
+    with_machine_type,
+    with_memory_backend_fd,
+    with_netdev_fds,
+    with_netdev_null,
+    with_program,
+    with_vnc_detached,
+    without,
+    without_gdb,
+    without_hostfwd,
+)
+from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
+from cpr.qemu.cmdline.params import CommandLineError, Params, parse_params, parse_size
+from cpr.qemu.cmdline.queries import (
+    add_fds,
+    chardevs,
+    devices,
+    displays,
+    drives,
+    fd_numbers,
+    gdbstub,
+    guest_memory,
+    machine,
+    memory_backends,
+    monitors,
+    netdevs,
+    objects,
+    settings,
+)
+
+__all__ = [
+    "POSITIONAL",
+    "CommandLine",
+    "CommandLineError",
+    "Option",
+    "Params",
+    "UnknownOption",
+    "add_fds",
+    "append_options",
+    "chardevs",
+    "devices",
+    "displays",
+    "drives",
+    "fd_numbers",
+    "for_incoming",
+    "for_rehearsal",
+    "gdbstub",
+    "guest_memory",
+    "implicit_chardevs",
+    "machine",
+    "memory_backends",
+    "monitors",
+    "netdevs",
+    "normalise_chardevs",
+    "objects",
+    "parse_params",
+    "parse_size",
+    "remove_appended",
+    "settings",
+    "with_chardev_fd",
+    "with_chardev_null",
+    "with_fd_number",
+    "with_log_append",
+    "with_machine_type",
+    "with_memory_backend_fd",
+    "with_netdev_fds",
+    "with_netdev_null",
+    "with_program",
+    "with_vnc_detached",
+    "without",
+    "without_gdb",
+    "without_hostfwd",
+]
