@@ -1,0 +1,112 @@
+"""Where the lab keeps what it has downloaded and built.
+
+An artifact is a directory ``<name>.<digest of its recipe>``.  It is built beside its final place and renamed
+into it, so one that exists is complete, and a changed recipe gets a new directory while programs started
+from the old one go on.  Two processes that want the same artifact build it once.
+
+Out of scope: what is in an artifact, and when the mirror has something newer (see ``prune`` and
+``python -m tests.lab --fetch --again``).
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pwd
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """What a builder is given: `out` becomes the artifact at `final`; `scratch` is thrown away."""
+
+    out: Path
+    scratch: Path
+    final: Path
+
+
+def invoking_user() -> pwd.struct_passwd | None:
+    """The person behind sudo, or None if we run under our own name."""
+    if os.geteuid() == 0 and os.environ.get("SUDO_UID", "0") != "0":
+        with contextlib.suppress(KeyError, ValueError):
+            return pwd.getpwuid(int(os.environ["SUDO_UID"]))
+    return None
+
+
+def root() -> Path:
+    """The cache's directory; it may not exist yet."""
+    if configured := os.environ.get("CPR_LAB_CACHE"):
+        return Path(configured).absolute()
+    user = invoking_user()
+    home = Path(user.pw_dir) if user else Path.home()
+    return home / ".cache" / "qemu-cpr" / "lab"
+
+
+def artifact(name: str, recipe: str, build: Callable[[Workspace], None]) -> Path:
+    """The directory of the artifact `name`, built by `build` unless one of the same `recipe` exists.
+
+    `recipe` is any text that changes when the result would.  Raises whatever `build` raises, and then
+    leaves nothing behind.
+    """
+    final = path_of(name, recipe)
+    if final.is_dir():
+        return final
+    make_root()
+    with locked(root() / f".{name}.lock"):
+        if final.is_dir():  # somebody else built it while we waited
+            return final
+        partial = root() / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
+        workspace = Workspace(partial / "out", partial / "scratch", final)
+        try:
+            workspace.out.mkdir(parents=True)
+            workspace.scratch.mkdir()
+            build(workspace)
+            give_to_invoking_user(workspace.out)
+            workspace.out.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def path_of(name: str, recipe: str) -> Path:
+    """Where the artifact is or would be."""
+    return root() / f"{name}.{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+
+
+def make_root() -> None:
+    """Create the cache's directory, owned by whoever is behind sudo, who shall be able to use it too."""
+    missing = [root()]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for directory in reversed(missing):
+        if not directory.exists():
+            directory.mkdir(exist_ok=True)
+            give_to_invoking_user(directory)
+
+
+def give_to_invoking_user(path: Path) -> None:
+    """Under sudo, make `path` and all below it belong to the person behind it; else do nothing."""
+    if user := invoking_user():
+        for entry in (path, *path.rglob("*")):
+            os.chown(entry, user.pw_uid, user.pw_gid, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock on `path`; it ends with the process, however that ends."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        give_to_invoking_user(path)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def size(path: Path) -> int:
+    """Bytes on disk of the files below `path`."""
+    return sum(entry.lstat().st_blocks * 512 for entry in (path, *path.rglob("*")))
