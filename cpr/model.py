@@ -196,6 +196,8 @@ class BlockChain:
     size: int = 0
     """Virtual size in bytes."""
     throttle: tuple[tuple[str, int], ...] = ()
+    drive: str = ""
+    """The drive's own name (`-drive id=`); empty where it is made of `-blockdev` nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
