@@ -1,0 +1,94 @@
+"""Handover: the new QEMU is started beside the old one, takes RAM, state and connections over, and the old one ends.
+
+Needs shared RAM that the stream can skip, and nobody who knows the guest by its pid. Way back: full until the commit,
+the old QEMU is alive. Blackout: a few milliseconds, whatever the size of RAM. The steps below, read from top to bottom,
+are the whole of it; docs/engines.md says why each is there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpr.engines import after, steps
+from cpr.engines.successor import base_command, successor
+from cpr.model import Finding, Severity
+from cpr.qemu import cmdline as cl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cpr.engines.base import Request
+    from cpr.model import Guest, Host, Step, Target
+
+KNOWN_NUMBERS = {"netdev", "nic", "net", "chardev", "add-fd", "object", "serial", "parallel", "qmp", "monitor", "mon"}
+"""Options whose descriptor numbers are rewritten; `object` only for RAM."""
+
+
+class Handover:
+    """The engine of that name."""
+
+    name = "handover"
+
+    def findings(self, guest: Guest, host: Host, target: Target) -> Iterator[Finding]:
+        yield from self._unknown_numbers(guest)
+        if len([v for v in guest.vnc if any(n is not None for *_, n in v.listeners)]) > 1:
+            yield self._blocker(
+                "vnc-several",
+                "vnc",
+                "several VNC servers listen, and QEMU can only be given the listener of the first",
+                "start the guest with one VNC server",
+            )
+        if any(v.listeners for v in guest.vnc) and "display-update" not in target.commands:
+            yield self._blocker(
+                "vnc-listener",
+                "vnc",
+                "this new QEMU cannot be given a VNC listener (display-update came with 7.1)",
+                "go to QEMU 7.1 or newer",
+            )
+
+    def _unknown_numbers(self, guest: Guest) -> Iterator[Finding]:
+        line = base_command(guest)
+        for number in cl.fd_numbers(line):
+            option = line.options[number.index]
+            if number.option in KNOWN_NUMBERS and (number.option != "object" or number.key == "mem-path"):
+                continue
+            yield self._blocker(
+                "fd-unknown",
+                f"fd {number.fd}",
+                f"-{option.name} names descriptor {number.fd} ({number.key}), which cpr does not know how to pass on",
+                "start the guest with a path instead of a number",
+            )
+
+    def _blocker(self, check: str, subject: str, message: str, hint: str) -> Finding:
+        return Finding(
+            check=check, severity=Severity.BLOCKER, subject=subject, message=message, hint=hint, engines=(self.name,)
+        )
+
+    def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
+        new = successor(guest, target, request.run_id)
+        discarding = tuple(b for b in guest.ram if b.discard_data)
+        plan: list[Step] = [
+            steps.OpenMonitor(guest=guest),
+            steps.TakeDescriptors(guest=guest, inherited=new.inherited),
+            steps.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
+        ]
+        if discarding:
+            plan.append(steps.KeepRamAtExit(blocks=discarding))
+        plan.append(
+            steps.StartNew(guest=guest, target=target, successor=new, run_id=request.run_id),
+        )
+        if new.vnc:
+            plan.append(steps.PassVncListeners(vnc=new.vnc))
+        plan += [
+            steps.PrepareStream(guest=guest),
+            steps.CompareChains(guest=guest, both=True),
+            steps.MoveState(guest=guest, blackout=True),
+            steps.CompareChains(guest=guest, both=False, blackout=True),
+            steps.MoveClients(guest=guest, blackout=True),
+            steps.Continue(commit=True, blackout=True) if guest.running else steps.Decide(commit=True),
+            after.EndOld(),
+        ]
+        if new.forwards or new.gdb:
+            plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
+        plan += [after.Settle(guest=guest, discarding=discarding), after.Verify(guest=guest)]
+        return plan

@@ -1,0 +1,229 @@
+"""The new QEMU as a value: its command line, its environment and the descriptors it inherits. Pure.
+
+The old command line is edited, never written anew: RAM, listeners and taps become inherited descriptors, what only one
+QEMU can have at a time (a VNC address, a forwarded port, the gdb stub) is left out and handed over later, and what would
+touch the guest a second time (prealloc, a truncated log) is taken away. The numbers of the inherited descriptors are
+ours to choose, so they are part of the plan that is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.qemu import cmdline as cl
+from cpr.qemu.options import translate
+from cpr.qemu.readconfig import inline_readconfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cpr.model import Chardev, Guest, Target
+    from cpr.qemu.cmdline.facts import Hostfwd
+
+FIRST_NUMBER = 20
+"""Inherited descriptors are numbered from here: above stdio and what a launcher holds for itself."""
+
+CONTROL = "cpr-control"
+"""Label of the private monitor of a guest that has no UNIX QMP socket of its own."""
+
+DROPPED_VARIABLES = re.compile(r"^(CPR_|QEMU_FD_|QEMU_BOOL_|QEMU_CPR_|QEMU_ADDR_|QEMU_LEN_|QEMU_START_FREEZE$)")
+"""Planted or left over: never acted on, never passed on."""
+
+DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "readconfig")
+
+VHOST_NET = "/dev/vhost-net"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inherited:
+    """One descriptor of the new QEMU: taken from number `source` of the old one, or opened afresh at `path`."""
+
+    name: str
+    target: int
+    source: int | None = None
+    inode: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Successor:
+    """Everything that starting the new QEMU needs besides the old one's likeness."""
+
+    argv: tuple[str, ...]
+    environ: tuple[tuple[str, str], ...]
+    inherited: tuple[Inherited, ...]
+    control: str
+    """Chardev label of the monitor that we drive it by: the guest's own QMP socket, or `cpr-control`."""
+    control_number: int | None
+    """Descriptor number of the private monitor; None where the guest's own one is used."""
+    monitors: tuple[str, ...]
+    """Labels of the monitors that must not serve anybody before the commit, the control one among them."""
+    vnc: tuple[tuple[str, tuple[str, ...]], ...]
+    """(display id, names of inherited listeners)."""
+    forwards: tuple[str, ...]
+    """HMP commands that hand the forwarded ports back."""
+    gdb: str
+    """HMP command that opens the gdb stub again."""
+    notes: tuple[str, ...]
+
+
+class _Numbers:
+    """Descriptor numbers for the new QEMU, none twice."""
+
+    def __init__(self) -> None:
+        self._next = FIRST_NUMBER
+
+    def __call__(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+
+def base_command(guest: Guest) -> cl.CommandLine:
+    """The guest's command line as if it had been written out in full: no -readconfig, every chardev with its label."""
+    files = dict(guest.config_files)
+    line = cl.CommandLine.parse(guest.argv)
+    line = inline_readconfig(line, lambda path: files[path])
+    line = cl.remove_appended(line, guest.added_options)
+    return cl.normalise_chardevs(line)
+
+
+def controls(guest: Guest) -> str:
+    """Label of the guest's own QMP socket if the new QEMU can be driven by it: UNIX, as descriptors must pass."""
+    return guest.monitor.label if guest.monitor is not None and guest.monitor.path else CONTROL
+
+
+def server_monitors(guest: Guest) -> tuple[Chardev, ...]:
+    """Monitors that listen for clients."""
+    return tuple(c for c in guest.chardevs if c.monitor and c.server and c.listener is not None)
+
+
+def successor(guest: Guest, target: Target, run_id: str) -> Successor:
+    """Build it. Raises `CommandLineError` where argv cannot be understood (a check has said so before)."""
+    numbers = _Numbers()
+    inherited: list[Inherited] = []
+    notes: list[str] = []
+
+    def take(name: str, source: int, inode: int = 0) -> int:
+        inherited.append(Inherited(name=name, source=source, inode=inode, target=numbers()))
+        return inherited[-1].target
+
+    line = cl.with_program(cl.without(base_command(guest), DROPPED_OPTIONS), target.binary.path)
+    line = _without_control(line)
+    line = cl.with_machine_type(line, guest.machine)
+    line = cl.with_log_append(line)
+    for block in guest.ram:
+        if block.fd is not None and block.shared:
+            line = cl.with_memory_backend_fd(line, block.id, take(f"ram:{block.id}", block.fd, block.inode))
+    monitors = server_monitors(guest)
+    for chardev in guest.chardevs:
+        if chardev.backend != "socket" or not chardev.in_argv:
+            continue
+        source = chardev.listener if chardev.server else chardev.client
+        if source is None:
+            continue
+        kind = "listener" if chardev.server else "connection"
+        number = take(f"{kind}:{chardev.label}", source)
+        line = cl.with_chardev_fd(
+            line, chardev.label, number, server=chardev.server, wait=chardev.server and chardev in monitors
+        )
+    line = _with_taps(line, guest, take, numbers, inherited)
+    line = _with_fdsets(line, guest, take)
+    line, forwards = cl.without_hostfwd(line)
+    line, gdb = cl.without_gdb(line)
+    line, _ = cl.with_vnc_detached(line)
+    vnc = []
+    for server in guest.vnc:
+        names = []
+        for index, (_, _, _, number) in enumerate(server.listeners):
+            if number is not None:
+                names.append(f"vnc:{server.id}:{index}")
+                take(names[-1], number)
+        vnc.append((server.id, tuple(names)))
+    control, control_number = controls(guest), None
+    if control == CONTROL:
+        control_number = numbers()
+        line = line.appended(
+            cl.Option("chardev", f"socket,id={CONTROL},fd={control_number}"),
+            cl.Option("mon", f"chardev={CONTROL},mode=control"),
+        )
+    translation = translate(line, target.options)
+    notes += translation.changes
+    line = cl.append_options(translation.cmdline, target.extra_options)
+    line = cl.for_incoming(line)
+    return Successor(
+        argv=tuple(line.argv()),
+        environ=_environ(guest, target, run_id),
+        inherited=tuple(inherited),
+        control=control,
+        control_number=control_number,
+        monitors=tuple(c.label for c in monitors),
+        vnc=tuple((display, names) for display, names in vnc if names),
+        forwards=tuple(forward.hmp() for forward in forwards),
+        gdb=f"gdbserver {gdb}" if gdb else "",
+        notes=tuple(notes),
+    )
+
+
+def _without_control(line: cl.CommandLine) -> cl.CommandLine:
+    """Without the private monitor that an earlier update added."""
+
+    def keep(option: cl.Option) -> Iterator[cl.Option]:
+        ours = (option.name == "chardev" and f"id={CONTROL}," in f"{option.value},") or (
+            option.name == "mon" and f"chardev={CONTROL}," in f"{option.value},"
+        )
+        if not ours:
+            yield option
+
+    return line.mapped(keep)
+
+
+def _with_taps(
+    line: cl.CommandLine, guest: Guest, take: Callable[[str, int], int], numbers: _Numbers, inherited: list[Inherited]
+) -> cl.CommandLine:
+    known = {n.id: n for n in guest.netdevs}
+    for netdev in cl.netdevs(line):
+        fact = known.get(netdev.id or "") or next(
+            (n for n in guest.netdevs if n.ifname and n.ifname == netdev.ifname), None
+        )
+        if fact is None or not fact.fds:
+            continue
+        fds = [take(f"tap:{fact.id}:{i}", number) for i, number in enumerate(fact.fds)]
+        vhost = []
+        if fact.vhost:
+            for i in range(len(fds)):
+                vhost.append(numbers())
+                inherited.append(Inherited(name=f"vhost:{fact.id}:{i}", target=vhost[-1], path=VHOST_NET))
+        line = cl.with_netdev_fds(line, netdev.index, fds, vhost)
+    return line
+
+
+def _with_fdsets(line: cl.CommandLine, guest: Guest, take: Callable[[str, int], int]) -> cl.CommandLine:
+    """-add-fd: QEMU closed the number at its start and keeps a duplicate; today's is in query-fdsets."""
+    left = {number: list(members) for number, members in guest.fdsets}
+    for entry in cl.add_fds(line):
+        members = left.get(entry.fdset, [])
+        match = next((m for m in members if m[1] == (entry.opaque or "")), members[0] if members else None)
+        if match is None:
+            continue
+        members.remove(match)
+        number = take(f"fdset:{entry.fdset}:{match[0]}", match[0])
+        option = line.options[entry.index]
+        line = line.replaced(entry.index, option.with_params(option.params.with_(fd=str(number))))
+    return line
+
+
+def _environ(guest: Guest, target: Target, run_id: str) -> tuple[tuple[str, str], ...]:
+    kept = [(k, v) for k, v in guest.environ if not DROPPED_VARIABLES.match(k)]
+    ours = {"CPR_RUN": run_mark(run_id, guest.process.pid), "CPR_PIDFILE": guest.pidfile}
+    if target.extra_options:
+        ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))
+    return (*kept, *((k, v) for k, v in ours.items() if v))
+
+
+
+def run_mark(run_id: str, old_pid: int) -> str:
+    """The value of CPR_RUN in the new QEMU: which run started it, in place of whom."""
+    return f"{run_id}/{old_pid}"

@@ -1,0 +1,230 @@
+"""The keeper: a process of its own, in its own session, that runs one plan and outlives the command that asked for it.
+
+    command ── pickled request, then "interrupt CODE" lines ──► keeper's standard input
+    command ◄── JSON lines: steps, blackout, outcome ────────── keeper's standard output
+
+The command may die, its ssh session may end, Ctrl-C may be pressed: a guest is never left standing still. When the
+command goes away before the commit, the keeper undoes; after it, it goes on to the end. The lock on the guest falls
+with the keeper. `start` and `Handle` are the command's side, `main` is the keeper's.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gc
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpr import errors
+from cpr.errors import CprError, Exit
+from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
+from cpr.linux import proc
+from cpr.linux.lock import LockHeld, make_run_directory, process_lock
+from cpr.model import Outcome, Plan, Status
+from cpr.run import Bounds, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+OOM_SCORE = "-1000"
+NICENESS = -10
+"""The blackout is a conversation with two QEMUs: on a host full of busy vCPUs the keeper should not queue behind them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    plan: Plan
+    run_id: str
+    bounds: Bounds
+    base: str
+
+
+class Handle:
+    """A keeper at work, seen from the command."""
+
+    def __init__(self, process: subprocess.Popen[bytes], request: _Request) -> None:
+        self._process = process
+        self._request = request
+        self._outcome: Outcome | None = None
+        self._written = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happens, as it happens: {"event": "step", ...}, {"event": "blackout", "seconds": ...}."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                if message.get("event") == "outcome":
+                    self._outcome = pickle.loads(base64.b64decode(message["value"]))  # noqa: S301 - our own child
+                    break
+                yield message
+        self._process.wait()
+
+    def outcome(self) -> Outcome:
+        """How it ended. If the keeper died, what it left is recovered here and now."""
+        for _ in self.events():
+            pass
+        return self._outcome if self._outcome is not None else self._after_death()
+
+    def interrupt(self, code: int = Exit.INTERRUPTED) -> None:
+        """Ask it to undo; after the commit it goes on to the end."""
+        assert self._process.stdin is not None
+        with self._written, contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(f"interrupt {int(code)}\n".encode())
+            self._process.stdin.flush()
+
+    def _after_death(self) -> Outcome:
+        from cpr.recover import recover_one
+
+        guest = self._request.plan.guest
+        path = journal_path(self._request.base, self._request.run_id, guest.process)
+        status = self._process.returncode
+        try:
+            record = read(path)
+            if record.open:
+                return recover_one(record, base=self._request.base)
+        except CprError as error:
+            if os.path.exists(path):
+                return _failed(guest, f"the keeper died ({status}): {error.message}", Exit.NEEDS_ATTENTION)
+        return _failed(guest, f"the keeper died before it began (exit status {status})", Exit.FAILED)
+
+
+def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | None = None) -> Handle:
+    """Start a keeper on a plan.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    request = _Request(plan=plan, run_id=run_id, bounds=bounds or Bounds(), base=base or run_directory())
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpr.keeper"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        pickle.dump(request, process.stdin)
+        process.stdin.flush()
+    return Handle(process, request)
+
+
+def main() -> None:
+    """The keeper itself."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(OOM_SCORE)
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    sys.setswitchinterval(0.001)
+    request: _Request = pickle.load(sys.stdin.buffer)  # noqa: S301 - our own parent
+    out = sys.stdout.buffer
+    outcome = _work(request, out)
+    _say(out, {"event": "outcome", "value": base64.b64encode(pickle.dumps(outcome)).decode()})
+
+
+def _work(request: _Request, out: BinaryIO) -> Outcome:
+    guest = request.plan.guest
+    began = time.monotonic()
+    try:
+        make_run_directory(request.base)
+        with process_lock(
+            request.base,
+            guest.process.pid,
+            guest.process.start_time,
+            boot_id=proc.boot_id(),
+            owner_uid=guest.uid,
+            holder={"run": request.run_id, "command": "update"},
+        ):
+            left = open_journal_of(guest.process, request.base)
+            if left is not None:
+                return _busy(guest, f"run {left.run} was interrupted and is not recovered", f"cpr recover {left.run}")
+            journal = Journal(request.plan, request.run_id, directory=request.base)
+            run = Run(
+                plan=request.plan,
+                journal=journal,
+                report=lambda message: _say(out, message),
+                bounds=request.bounds,
+                began=began,
+            )
+            threading.Thread(target=_listen, args=(run,), name="control", daemon=True).start()
+            signal.signal(signal.SIGTERM, lambda *_: run.interrupt(Exit.TERMINATED))
+            gc.collect()
+            gc.disable()  # no collection may fall into the blackout
+            return run.execute()
+    except LockHeld as held:
+        who = f"run {held.holder.get('run', '?')} (pid {held.holder.get('pid', '?')})"
+        return _busy(guest, f"{who} is working on this guest", "wait for it, or look at cpr runs")
+    except CprError as error:
+        return _failed(guest, error.message, error.code, error.hint)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            return _failed(guest, f"{request.base}: {error}", Exit.PRIVILEGES, "run it as root")
+        return _failed(guest, f"{request.base}: {error.strerror or error}", Exit.FAILED)
+
+
+def _listen(run: Run) -> None:
+    """Interrupts from the command; its end, before the commit, is one too."""
+    for line in sys.stdin.buffer:
+        words = line.split()
+        if words[:1] == [b"interrupt"]:
+            run.interrupt(int(words[1]) if len(words) > 1 else Exit.INTERRUPTED)
+    run.interrupt(Exit.INTERRUPTED)
+
+
+def _say(out: BinaryIO, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        out.write(json.dumps(message).encode() + b"\n")
+        out.flush()
+
+
+def _busy(guest: Any, message: str, hint: str) -> Outcome:
+    return Outcome(
+        guest=guest.name or str(guest.process.pid),
+        uuid=guest.uuid,
+        status=Status.BUSY,
+        exit_code=int(Exit.BUSY),
+        where=errors.UNTOUCHED,
+        pid_before=guest.process.pid,
+        pid_after=guest.process.pid,
+        error=message,
+        hint=hint,
+    )
+
+
+def _failed(guest: Any, message: str, code: Exit, hint: str = "") -> Outcome:
+    needs = code == Exit.NEEDS_ATTENTION
+    return Outcome(
+        guest=guest.name or str(guest.process.pid),
+        uuid=guest.uuid,
+        status=Status.NEEDS_ATTENTION if needs else Status.FAILED,
+        exit_code=int(code),
+        where=errors.NEEDS_YOU if needs else errors.UNTOUCHED,
+        pid_before=guest.process.pid,
+        pid_after=guest.process.pid,
+        error=message,
+        hint=hint,
+    )
+
+
+if __name__ == "__main__":
+    main()
