@@ -91,6 +91,11 @@ class Console(Generic[Log]):
         self._start(lambda: self._follow(Path(path)))
         return self
 
+    @property
+    def reading(self) -> bool:
+        """It has been told where to read."""
+        return bool(self._threads)
+
     def send(self, data: bytes) -> None:
         """Type `data` (not for `follow`)."""
         if self._peer is None:

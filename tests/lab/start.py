@@ -151,13 +151,16 @@ class Lab:
         process = self.start(command, name=name)
         console = Console(CountingLog())
         self._consoles.callback(console.close)
-        try:
-            console.connect(files["console"], seconds)
-            console.log.wait_ticks(1, seconds)
-        except (OSError, TimeoutError) as error:
-            raise LabError(
-                f"{build} does not count: {error}; {said(self.directory / f'{name}.log')}"
-            ) from None
+        end = time.monotonic() + seconds
+        while process.alive and time.monotonic() < end and not console.log.ticks:
+            if not console.reading and files["console"].exists():
+                with contextlib.suppress(ConnectionRefusedError):  # bound, but not yet listening
+                    console.connect(files["console"], 0)
+            with contextlib.suppress(TimeoutError):
+                console.log.wait(lambda: console.log.ticks, 0.002 if not console.reading else 0.1)
+        if not console.log.ticks:
+            reason = f"did not count within {seconds} s" if process.alive else "ended"
+            raise LabError(f"{build} {reason}: {said(self.directory / f'{name}.log')}")
         return Guest(process, files["qmp"], console)
 
     def adopt(self, pid: int) -> Orphan:

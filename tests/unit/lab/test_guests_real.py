@@ -1,0 +1,150 @@
+"""The lab's guests in real QEMUs: they run, and the counting guest notices what it is there for."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import LabError, counting, qemu
+from tests.lab.start import Guest, Lab
+
+pytestmark = pytest.mark.qemu
+
+PAGE = 4096
+RAM = 64 << 20
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab() as started:
+        yield started
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("key", qemu.SUITES)
+def test_counting_guest_counts_and_answers(lab: Lab, key: str, machine: str) -> None:
+    if reason := qemu.why_missing(key):
+        pytest.skip(reason)
+    guest = lab.counting(qemu.obtain(key), machine=machine, memory="64M")
+    assert Path(f"/proc/{guest.pid}/exe").resolve() == qemu.obtain(key).binary.resolve()
+    guest.console.send(b"aD\xff")
+    guest.log.wait(lambda: guest.log.echoed == b"aD\xff")
+    guest.log.wait_rounds(2)
+    assert guest.log.sound, guest.log.problems()
+    assert guest.log.pages * PAGE > 63 << 20
+
+
+def test_counting_guest_survives_its_reset_and_says_so(lab: Lab) -> None:
+    guest = lab.counting(qemu.obtain("10.0"), memory="64M")
+    guest.console.send(b"Z")
+    guest.log.wait(lambda: guest.log.starts == 2)
+    guest.log.wait_ticks(2)
+    assert not guest.log.sound
+    assert "the guest started 2 times" in guest.log.problems()
+
+
+def test_counting_guest_powers_off(lab: Lab) -> None:
+    guest = lab.counting(qemu.obtain("10.0"), memory="64M")
+    guest.console.send(b"Q")
+    assert guest.process.wait(10)
+
+
+def test_qemu_that_ends_at_once_is_reported_with_its_words(lab: Lab) -> None:
+    with pytest.raises(LabError, match="unsupported machine type"):
+        lab.counting(qemu.obtain("10.0"), machine="no-such-machine")
+
+
+class Memory:
+    """A guest that halts between lines, with its RAM in our hands."""
+
+    def __init__(self, lab: Lab) -> None:
+        file = lab.directory / "ram"
+        backend = f"memory-backend-file,mem-path={file},share=on"
+        self.guest: Guest = lab.counting(
+            qemu.obtain("7.2"), memory=f"{RAM >> 20}M", backend=backend, pace=0, hz=200
+        )
+        with file.open("r+b") as opened:
+            self.ram = mmap.mmap(opened.fileno(), RAM)
+
+    def walk(self) -> None:
+        """Let the guest walk over all of its memory at least once, and stop again."""
+        self.guest.console.send(b"D")
+        self.guest.log.wait_rounds(2)
+        self.guest.console.send(b"I")
+        self.guest.log.wait(lambda: self.guest.log.echoed.endswith(b"I"))
+        self.guest.log.wait_ticks(2)
+
+    def read(self, page: int) -> bytes:
+        return self.ram[page : page + PAGE]
+
+    def write(self, page: int, data: bytes) -> None:
+        self.ram[page : page + len(data)] = data
+
+    def pages_found_bad(self) -> set[int]:
+        return {stamp.page for stamp in self.guest.log.bad}
+
+
+@pytest.fixture
+def memory(lab: Lab) -> Iterator[Memory]:
+    held = Memory(lab)
+    held.walk()
+    assert held.guest.log.sound, held.guest.log.problems()
+    yield held
+    assert held.guest.log.contiguous, held.guest.log.problems()
+
+
+FIRST, MIDDLE, LAST = 0x10000, 0x2345000, RAM - (4 << 20)
+
+
+@pytest.mark.parametrize("page", [FIRST, MIDDLE, LAST])
+def test_older_content_of_a_page_is_noticed(memory: Memory, page: int) -> None:
+    old = memory.read(page)
+    memory.walk()
+    assert memory.read(page) != old
+    memory.write(page, old)
+    memory.walk()
+    assert memory.pages_found_bad() == {page}
+    assert all(stamp.got < stamp.want for stamp in memory.guest.log.bad)
+    assert len(memory.guest.log.bad) == 3
+    assert not memory.guest.log.sound
+    memory.walk()
+    assert len(memory.guest.log.bad) == 3, "a page found bad is put right"
+
+
+@pytest.mark.parametrize("half", [0, PAGE // 2])
+def test_torn_page_is_noticed(memory: Memory, half: int) -> None:
+    old = memory.read(MIDDLE)
+    memory.walk()
+    memory.write(MIDDLE + half, old[half : half + PAGE // 2])
+    memory.walk()
+    assert memory.pages_found_bad() == {MIDDLE}
+    assert len(memory.guest.log.bad) in (1, 2)
+
+
+def test_zeroed_page_is_noticed(memory: Memory) -> None:
+    memory.write(MIDDLE, bytes(PAGE))
+    memory.walk()
+    assert [(bad.page, bad.got) for bad in memory.guest.log.bad] == [(MIDDLE, 0)] * 3
+
+
+def test_pages_that_changed_places_are_noticed(memory: Memory) -> None:
+    here, there = memory.read(MIDDLE), memory.read(MIDDLE + PAGE)
+    memory.write(MIDDLE, there + here)
+    memory.walk()
+    assert memory.pages_found_bad() == {MIDDLE, MIDDLE + PAGE}
+    assert all(stamp.got == stamp.want for stamp in memory.guest.log.bad)
+
+
+def test_complaints_do_not_drown_the_count(memory: Memory) -> None:
+    memory.write(0x1000000, bytes(32 << 20))
+    memory.walk()
+    assert 0 < len(memory.guest.log.bad) < 100
+    assert memory.guest.log.bad_in_rounds == 3 * (32 << 20) // PAGE
+
+
+def test_counting_program_fits_its_sectors() -> None:
+    program = counting.program()
+    assert len(program) == 512 * (1 + counting.SECTORS)
+    assert program[510:512] == b"\x55\xaa"
+    assert program[counting.HEADER_AT :].startswith(counting.MAGIC)
