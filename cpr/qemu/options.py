@@ -1,26 +1,21 @@
-"""Options renamed or removed between QEMU versions, translated by asking the new binary."""
+"""Options renamed or removed between QEMU versions, translated by asking the new binary.
+
+In scope: what changed on the command line between 6.0 and 11.1, in both directions (the table is `cmdline.renamed`),
+and what the binary will refuse of the rest. Out of scope: machine types, CPU models, device models and their properties
+(asked over QMP).
+
+Nothing is decided by a version number: a row acts when the binary says that it does not know the old word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from cpr.qemu.cmdline.argv import CommandLine
+from cpr.qemu.cmdline.argv import CommandLine, Option
+from cpr.qemu.cmdline.knowledge import OptionKnowledge, knowledge_from, unknown_to
+from cpr.qemu.cmdline.renamed import ROWS
 
-
-@dataclass(frozen=True, slots=True)
-class OptionKnowledge:
-    """What one binary knows: its options, and the parameters of option groups (None: the group was not answered)."""
-
-    options: frozenset[str]
-    groups: Mapping[str, frozenset[str]]
-
-    def option(self, name: str) -> bool:
-        raise NotImplementedError
-
-    def parameter(self, group: str, name: str) -> bool | None:
-        raise NotImplementedError
+__all__ = ["OptionKnowledge", "Translation", "knowledge_from", "translate", "unknown_to"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +27,20 @@ class Translation:
     unknown: tuple[str, ...]
 
 
-def knowledge_from(help_text: str, query_command_line_options: list[dict[str, Any]]) -> OptionKnowledge:
-    """From the output of `-help` and the answer of QMP `query-command-line-options`."""
-    raise NotImplementedError
-
-
 def translate(cmdline: CommandLine, knows: OptionKnowledge) -> Translation:
-    raise NotImplementedError
+    """Every row of the table applied to every option, until none has more to say; then what is left unknown."""
+    done: list[Option] = []
+    changes: list[str] = []
+    waiting = list(reversed(cmdline.options))
+    while waiting:
+        option = waiting.pop()
+        for row in ROWS:
+            change = row(option, cmdline, knows)
+            if change is not None and change.options != (option,):
+                changes.append(change.words)
+                waiting.extend(reversed(change.options))
+                break
+        else:
+            done.append(option)
+    result = cmdline.with_options(done)
+    return Translation(result, tuple(changes), tuple(unknown_to(result, knows)))

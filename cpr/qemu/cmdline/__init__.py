@@ -9,43 +9,34 @@ Pure functions, no I/O. What another QEMU version calls an option is `cpr.qemu.o
 """
 
 from cpr.qemu.cmdline.argv import POSITIONAL, CommandLine, Option, UnknownOption
+from cpr.qemu.cmdline.descriptors import fd_numbers, with_fd_number, with_fd_numbers
 from cpr.qemu.cmdline.edit import (
     append_options,
     for_incoming,
-    for_rehearsal,
     remove_appended,
-    with_chardev_fd,
-    with_chardev_null,
-    with_fd_number,
-    with_log_append,
     with_machine_type,
-    with_memory_backend_fd,
-    with_netdev_fds,
-    with_netdev_null,
     with_program,
-    with_vnc_detached,
     without,
     without_gdb,
-    without_hostfwd,
 )
+from cpr.qemu.cmdline.edit_chardevs import with_chardev_fd, with_chardev_null, with_log_append
+from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd
+from cpr.qemu.cmdline.edit_net import with_netdev_fds, with_netdev_null, without_hostfwd
+from cpr.qemu.cmdline.edit_vnc import with_vnc_detached
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
 from cpr.qemu.cmdline.params import CommandLineError, Params, parse_params, parse_size
 from cpr.qemu.cmdline.queries import (
     add_fds,
-    chardevs,
     devices,
-    displays,
-    drives,
-    fd_numbers,
     gdbstub,
     guest_memory,
     machine,
     memory_backends,
-    monitors,
-    netdevs,
     objects,
     settings,
 )
+from cpr.qemu.cmdline.query_io import chardevs, displays, drives, monitors, netdevs
+from cpr.qemu.cmdline.rehearsal import for_rehearsal, not_rehearsed
 
 __all__ = [
     "POSITIONAL",
@@ -71,6 +62,7 @@ __all__ = [
     "monitors",
     "netdevs",
     "normalise_chardevs",
+    "not_rehearsed",
     "objects",
     "parse_params",
     "parse_size",
@@ -79,9 +71,11 @@ __all__ = [
     "with_chardev_fd",
     "with_chardev_null",
     "with_fd_number",
+    "with_fd_numbers",
     "with_log_append",
     "with_machine_type",
     "with_memory_backend_fd",
+    "with_memory_backend_memfd",
     "with_netdev_fds",
     "with_netdev_null",
     "with_program",

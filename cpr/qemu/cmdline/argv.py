@@ -46,11 +46,7 @@ class Option:
     @property
     def params(self) -> Params:
         """The argument as parameters. A text argument (-kernel) or none at all gives empty ones."""
-        if (
-            self.name == POSITIONAL
-            or self.value is None
-            or self.spec.notation in (Notation.NONE, Notation.TEXT)
-        ):
+        if self.name == POSITIONAL or self.value is None or self.spec.notation in (Notation.NONE, Notation.TEXT):
             return Params()
         # KEYVAL, too, is read with flags: `-M q35,usb` was accepted before 6.1
         return parse_params(self.value, self.spec.implied)

@@ -1,82 +1,77 @@
-"""Edits: CommandLine -> CommandLine, each doing one thing."""
+"""Edits of the command line as a whole: CommandLine -> CommandLine, each doing one thing.
+
+Edits of chardevs, memory, network and VNC are in `edit_chardevs`, `edit_memory`, `edit_net` and `edit_vnc`; descriptor
+numbers in `descriptors`; a start that touches nothing outside in `rehearsal`.
+
+Order of a restart: `remove_appended` of what an earlier update added, `inline_readconfig`, `normalise_chardevs`, the
+edits of the subject, `for_incoming`, and `append_options` last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from cpr.qemu.cmdline.argv import CommandLine
-from cpr.qemu.cmdline.facts import Hostfwd, Vnc
+from cpr.qemu.cmdline.argv import CommandLine, Option, canonical_name, parse_options
+from cpr.qemu.cmdline.params import Form, Item
 
 
 def with_program(cmdline: CommandLine, path: str) -> CommandLine:
-    raise NotImplementedError
+    """Another binary in argv[0]. QEMU looks for its firmware beside it."""
+    return replace(cmdline, program=path)
 
 
 def with_machine_type(cmdline: CommandLine, machine_type: str) -> CommandLine:
-    raise NotImplementedError
+    """The machine type made `machine_type`, all other properties kept.
+
+    An alias (`q35`) must be made concrete before it reaches another version, where it means another machine.
+    """
+    named = [index for index, option in cmdline.find("machine") if "type" in option.params]
+    anywhere = [index for index, _ in cmdline.find("machine")]
+    if named:
+        option = cmdline.options[named[-1]]
+        return cmdline.replaced(named[-1], option.with_params(option.params.with_({"type": machine_type})))
+    if anywhere:
+        option = cmdline.options[anywhere[-1]]
+        items = (Item("type", machine_type, Form.IMPLIED), *option.params.items)
+        return cmdline.replaced(anywhere[-1], option.with_params(replace(option.params, items=items)))
+    return replace(cmdline, options=(Option("machine", machine_type), *cmdline.options))
 
 
 def without(cmdline: CommandLine, names: Iterable[str]) -> CommandLine:
-    raise NotImplementedError
+    """Every option of these names removed, with or without dashes, however often it stands there."""
+    gone = {canonical_name(name) for name in names}
+    return cmdline.mapped(lambda option: () if option.name in gone else option)
 
 
 def for_incoming(cmdline: CommandLine) -> CommandLine:
-    raise NotImplementedError
+    """`-S -incoming defer` at the end, in place of any there. Applied twice it changes nothing more."""
+    return without(cmdline, ("S", "incoming")).appended(Option("S"), Option("incoming", "defer"))
 
 
 def append_options(cmdline: CommandLine, extra: Sequence[str]) -> CommandLine:
-    raise NotImplementedError
+    """What the user asks for in addition (`--qemu-option`), as words of argv, at the very end."""
+    return cmdline.appended(*parse_options(extra))
 
 
 def remove_appended(cmdline: CommandLine, extra: Sequence[str]) -> CommandLine:
-    raise NotImplementedError
+    """What `append_options` once added, taken away again: of every option the last one equal to it.
 
-
-def with_memory_backend_fd(cmdline: CommandLine, backend_id: str, fd: int) -> CommandLine:
-    raise NotImplementedError
-
-
-def with_chardev_fd(
-    cmdline: CommandLine, label: str, fd: int, *, server: bool, wait: bool = False
-) -> CommandLine:
-    raise NotImplementedError
-
-
-def with_chardev_null(cmdline: CommandLine, label: str) -> CommandLine:
-    raise NotImplementedError
-
-
-def with_log_append(cmdline: CommandLine) -> CommandLine:
-    raise NotImplementedError
-
-
-def with_netdev_fds(
-    cmdline: CommandLine, which: str | int, fds: Sequence[int], vhostfds: Sequence[int] = ()
-) -> CommandLine:
-    """`which`: the netdev's id, or the index of its option."""
-    raise NotImplementedError
-
-
-def without_hostfwd(cmdline: CommandLine) -> tuple[CommandLine, tuple[Hostfwd, ...]]:
-    raise NotImplementedError
-
-
-def with_netdev_null(cmdline: CommandLine, which: str | int) -> CommandLine:
-    raise NotImplementedError
-
-
-def with_vnc_detached(cmdline: CommandLine) -> tuple[CommandLine, tuple[Vnc, ...]]:
-    raise NotImplementedError
+    To be done first of all edits: options rewritten since then are no longer recognised and stay.
+    """
+    options = list(cmdline.options)
+    for option in reversed(list(parse_options(extra))):
+        at = next((n for n in reversed(range(len(options))) if options[n] == option), None)
+        if at is not None:
+            del options[at]
+    return cmdline.with_options(options)
 
 
 def without_gdb(cmdline: CommandLine) -> tuple[CommandLine, str | None]:
-    raise NotImplementedError
-
-
-def with_fd_number(cmdline: CommandLine, old: int, new: int) -> CommandLine:
-    raise NotImplementedError
-
-
-def for_rehearsal(cmdline: CommandLine, *, monitor_fd: int, disk_sizes: Mapping[str, int]) -> CommandLine:
-    """`disk_sizes`: true sizes in bytes by drive id or node name."""
-    raise NotImplementedError
+    """No gdb stub, and its address: HMP `gdbserver ADDRESS` hands it back. None where there was none."""
+    last = cmdline.last("gdb", "s")
+    if last is None:
+        return cmdline, None
+    value = last[1].value
+    address = None if value == "none" else "tcp::1234" if value is None else value
+    return without(cmdline, ("gdb", "s")), address

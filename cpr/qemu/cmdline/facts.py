@@ -34,7 +34,7 @@ class Socket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chardev:
-    """A character device. `label` is what `query-chardev` calls it; `option` is where it was said (chardev, serial...)."""
+    """A character device. `label` is its name in `query-chardev`; `option` says where it was made (chardev, serial)."""
 
     label: str
     backend: str
@@ -138,24 +138,20 @@ class Hostfwd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VncAddress:
-    """Where a VNC server listens: `tcp` with TCP port 5900 + `display`, `unix`, or `none`."""
+    """Where a VNC server listens (of a reverse one: whom it calls). `port` is a TCP port: display 1 is 5901."""
 
-    kind: Literal["tcp", "unix", "none"]
+    kind: Literal["tcp", "unix"]
     host: str = ""
-    display: int = 0
+    port: int = 0
     path: str = ""
-
-    @property
-    def port(self) -> int:
-        return 5900 + self.display
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vnc:
-    """A VNC server. `id` as `query-vnc-servers` and `display-update` know it."""
+    """A VNC server. `id` as `query-vnc-servers` and `display-update` know it. No address: `-vnc none`."""
 
     id: str
-    address: VncAddress
+    addresses: tuple[VncAddress, ...]
     params: Params
     to: int = 0
     websocket: str | None = None
@@ -180,7 +176,10 @@ class Display:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drive:
-    """A drive or block node. `interface` is if= (none for -blockdev; None: the machine's default)."""
+    """A drive or block node. `interface` is if= (none for -blockdev; None: the machine's default).
+
+    `file` is the image's name wherever it is nested; `child` the node a -blockdev stands on by name.
+    """
 
     index: int
     option: str
@@ -192,6 +191,7 @@ class Drive:
     format: str | None = None
     interface: str | None = None
     media: str | None = None
+    child: str | None = None
     snapshot: bool = False
     readonly: bool = False
 
@@ -228,7 +228,7 @@ class AddFd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FdNumber:
-    """A bare descriptor number in argv: in the option at `index`, under `key` (`fds`, `mem-path`, or "" for -incoming)."""
+    """A bare descriptor number in argv, under `key` of the option at `index` (`fds`; "" where the text is no list)."""
 
     fd: int
     index: int

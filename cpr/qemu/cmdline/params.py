@@ -111,7 +111,7 @@ class Params:
         text = self.get(key)
         return None if text is None else parse_size(text)
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Every key once, in order; nested ones dotted."""
         if self.json is None:
             return tuple(dict.fromkeys(item.key for item in self.items))
@@ -167,10 +167,7 @@ class Params:
         node: Any = data
         *parents, last = [key] if key in data else key.split(".")
         for part in parents:
-            if isinstance(node, list):
-                node = node[int(part)]
-            else:
-                node = node.setdefault(part, {})
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
         if isinstance(node, list):
             node[int(last)] = value
         else:
