@@ -1,0 +1,6 @@
+"""`python -m cpr`."""
+
+from cpr.cli.main import main
+
+if __name__ == "__main__":
+    main()

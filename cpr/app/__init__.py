@@ -1,0 +1,35 @@
+"""The use cases as functions: what `cli/` calls and prints. Nothing is printed here, nobody is asked.
+
+examine   list_guests, check, show, info     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+update    prepare -> Prepared, perform -> Update
+start     run                                start a guest that can be updated later
+runs      recover, runs, log
+world     everything that reads or writes the machine comes through `World`, so that a test gives values instead
+"""
+
+from cpr.app.examine import Examined, Modes, check, info, list_guests, show
+from cpr.app.runs import log, recover, runs
+from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
+from cpr.app.world import Choices, Handle, World, real_world
+
+__all__ = [
+    "Choices",
+    "Examined",
+    "Handle",
+    "Modes",
+    "Prepared",
+    "Stop",
+    "Update",
+    "World",
+    "check",
+    "info",
+    "list_guests",
+    "log",
+    "perform",
+    "prepare",
+    "real_world",
+    "recover",
+    "runs",
+    "show",
+    "worst",
+]

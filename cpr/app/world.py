@@ -1,0 +1,84 @@
+"""What the use cases need of the machine, in one place so that a test gives values instead; and what the user chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cpr.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from cpr.engines.base import Engine
+    from cpr.model import Candidate, Guest, Host, Outcome, Plan, Rehearsal, Target
+
+DEFAULTS = Config()
+
+
+class Handle(Protocol):
+    """A keeper at work on one guest."""
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What it does, until it is through."""
+
+    def outcome(self) -> Outcome:
+        """What came out, once the events have ended."""
+
+    def interrupt(self, code: int = ...) -> None:
+        """Undo, if the commit is not sent yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The machine, as far as the use cases need it."""
+
+    candidates: Callable[[], tuple[Candidate, ...]]
+    find: Callable[[str], Candidate]
+    survey: Callable[[Candidate], Guest]
+    survey_host: Callable[[], Host]
+    ask: Callable[[str, tuple[str, ...]], Target]
+    rehearse: Callable[[Guest, Target], Rehearsal]
+    start: Callable[[Plan, str, float, float], Handle]
+    """(plan, run id, timeout, longest pause), both in seconds."""
+    engines: Mapping[str, Engine]
+    new_run_id: Callable[[], str]
+
+
+def real_world() -> World:
+    """This machine. Imported here, so that `cpr --help` need not."""
+    from cpr import discover, journal, keeper, survey
+    from cpr.engines import ENGINES
+    from cpr.qemu import features, rehearsal
+    from cpr.run import Bounds
+
+    def start(plan: Plan, run_id: str, timeout: float, max_downtime: float) -> Handle:
+        bounds = Bounds(timeout=timeout, max_downtime=max_downtime)
+        return keeper.start(plan, run_id=run_id, bounds=bounds)
+
+    return World(
+        candidates=discover.candidates,
+        find=discover.find,
+        survey=survey.survey,
+        survey_host=survey.survey_host,
+        ask=lambda path, options: features.ask(path, extra_options=options),
+        rehearse=rehearsal.rehearse,
+        start=start,
+        engines=ENGINES,
+        new_run_id=journal.new_run_id,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What the user asked for."""
+
+    qemu: str = ""
+    """The new QEMU; "" for the installed one of the same name."""
+    qemu_options: tuple[str, ...] = ()
+    engine: str = "auto"
+    ignore: tuple[str, ...] = ()
+    timeout: float = DEFAULTS.timeout
+    max_downtime: float = DEFAULTS.max_downtime
+    jobs: int = DEFAULTS.jobs
+    skip_blocked: bool = False

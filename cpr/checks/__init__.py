@@ -1,0 +1,35 @@
+"""The pre-check: one function a question, facts in, findings out, no I/O. `docs/blockers.md` explains every id."""
+
+from cpr.checks import binary, devices, drift, host, memory, migration, process
+from cpr.checks.registry import (
+    REGISTRY,
+    Check,
+    apply_ignores,
+    blocker,
+    blockers,
+    check,
+    in_order,
+    note,
+    run_checks,
+    warning,
+)
+
+__all__ = [
+    "REGISTRY",
+    "Check",
+    "apply_ignores",
+    "binary",
+    "blocker",
+    "blockers",
+    "check",
+    "devices",
+    "drift",
+    "host",
+    "in_order",
+    "memory",
+    "migration",
+    "note",
+    "process",
+    "run_checks",
+    "warning",
+]

@@ -1,0 +1,43 @@
+"""From options to `Choices`: the host's settings lie below, what is said on the command line above."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpr.errors import UsageError
+
+if TYPE_CHECKING:
+    from cpr.app import Choices
+
+
+def choices(
+    *,
+    qemu: str = "",
+    qemu_option: list[str] | None = None,
+    engine: str | None = None,
+    ignore: list[str] | None = None,
+    timeout: float | None = None,
+    max_downtime: float | None = None,
+    jobs: int | None = None,
+    blocked: str = "fail",
+) -> Choices:
+    """Raises `UsageError` for what cannot be meant."""
+    from cpr import config
+    from cpr.app import Choices
+
+    settings = config.load()
+    for name, number in (("timeout", timeout), ("max-downtime", max_downtime), ("jobs", jobs)):
+        if number is not None and not number > 0:
+            raise UsageError(f"--{name} {number:g}: has to be greater than zero")
+    if blocked not in ("fail", "skip"):
+        raise UsageError(f"--blocked {blocked}: fail or skip")
+    return Choices(
+        qemu=qemu,
+        qemu_options=tuple(qemu_option or ()),
+        engine=engine or settings.engine,
+        ignore=tuple(ignore or ()),
+        timeout=settings.timeout if timeout is None else timeout,
+        max_downtime=settings.max_downtime if max_downtime is None else max_downtime,
+        jobs=settings.jobs if jobs is None else jobs,
+        skip_blocked=blocked == "skip",
+    )

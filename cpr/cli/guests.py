@@ -1,0 +1,84 @@
+"""Commands that look and change nothing: list, show, check, info."""
+
+from __future__ import annotations
+
+from cpr.cli.choose import choices
+from cpr.cli.options import All, Engine, ExitCode, Guest, Guests, Ignore, Json, Qemu, QemuOption, Restart
+from cpr.cli.output import Output, say
+from cpr.errors import Exit, UsageError
+
+
+def list_command(json: Json = False) -> int:
+    """Guests on this host, the QEMU that runs and the one installed, and the engine an update would use."""
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    guests = app.list_guests()
+    if json:
+        Output(json, "list").document(guests=[documents.listed(e) for e in guests])
+    else:
+        say("\n".join(describe.list_lines(guests)))
+    return Exit.OK
+
+
+def show_command(guest: Guest, qemu: Qemu = "", qemu_option: QemuOption = None, json: Json = False) -> int:
+    """All facts about one guest; ends with the next command to run."""
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    examined = app.show(guest, choices(qemu=qemu, qemu_option=qemu_option))
+    if examined.guest is None and examined.error is not None:
+        raise examined.error
+    if json:
+        Output(json, "show").document(guest=documents.shown(examined))
+    else:
+        say("\n".join(describe.show_lines(examined)))
+    return Exit.OK
+
+
+def check_command(
+    guests: Guests = None,
+    *,
+    all_guests: All = False,
+    restart: Restart = True,
+    qemu: Qemu = "",
+    qemu_option: QemuOption = None,
+    engine: Engine = None,
+    ignore: Ignore = None,
+    exit_code: ExitCode = False,
+    json: Json = False,
+) -> int:
+    """Ask everything that an update would ask first. Changes nothing."""
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    if guests and all_guests:
+        raise UsageError("GUEST and --all exclude each other")
+    chosen = choices(qemu=qemu, qemu_option=qemu_option, engine=engine, ignore=ignore)
+    examined = app.check(guests or [], chosen)
+    code = app.worst(e.exit_code for e in examined)
+    if exit_code and code is Exit.OK and any(e.outdated for e in examined):
+        code = Exit.WOULD_UPDATE
+    if json:
+        status = "ok" if code in (Exit.OK, Exit.WOULD_UPDATE) else "blocked" if code is Exit.BLOCKED else "error"
+        Output(json, "check").document(
+            mode="restart", status=status, exit_code=int(code), guests=[documents.checked(e) for e in examined]
+        )
+    else:
+        say("\n".join(describe.check_lines(examined)) if examined else "no guests on this host")
+    return code
+
+
+def info_command(guest: Guest, qemu: Qemu = "", json: Json = False) -> int:
+    """Which CPR modes a guest supports: restart (by which engines), reboot."""
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    modes = app.info(guest, choices(qemu=qemu))
+    if modes.examined.error is not None and modes.examined.guest is None:
+        raise modes.examined.error
+    if json:
+        Output(json, "info").document(guest=documents.modes(modes))
+    else:
+        say("\n".join(describe.info_lines(modes)))
+    return Exit.OK
