@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 OOM_SCORE = "-1000"
 NICENESS = -10
-"""The blackout is a conversation with two QEMUs: on a host full of busy vCPUs the keeper should not queue behind them."""
+"""The blackout is a conversation with two QEMUs: on a busy host the keeper should not queue behind vCPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

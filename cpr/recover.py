@@ -106,7 +106,7 @@ def _forward(record: Record) -> Outcome:
     new, old = _new(record), _old(record)
     guest = record.header["guest"]
     if new is None:
-        kept = f"; the old QEMU (pid {record.pid}) stands stopped and must not be resumed: its state is older than its RAM"
+        kept = f"; the old QEMU (pid {record.pid}) is stopped and must never be resumed: its RAM has moved on"
         where = "the guest crashed: the new QEMU died after the commit" + (kept if old is not None else "")
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     if old is not None:
@@ -129,10 +129,9 @@ def _forward(record: Record) -> Outcome:
 
     with contextlib.suppress(OSError):
         rewrite_pidfile_of(guest["pidfile"], guest["cwd"], record.pid, new.pid)
-    code = Exit.DIFFERS if notes or (guest["runstate"] == Runstate.RUNNING) != (runstate == Runstate.RUNNING) else Exit.OK
-    return _outcome(
-        record, Status.UPDATED, code, errors.RUNS_NEW, new.pid, "; ".join(notes), runstate=runstate
-    )
+    as_before = (guest["runstate"] == Runstate.RUNNING) == (runstate == Runstate.RUNNING)
+    code = Exit.OK if as_before and not notes else Exit.DIFFERS
+    return _outcome(record, Status.UPDATED, code, errors.RUNS_NEW, new.pid, "; ".join(notes), runstate=runstate)
 
 
 def _monitor(record: Record, pid: int) -> qmp.Monitor:

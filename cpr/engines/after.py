@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr import verify
-from cpr.engines.steps import release, set_discard
+from cpr.engines.prepare import release, set_discard
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.model import Guest, RamBlock, Step
@@ -29,8 +29,10 @@ GAP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndOld(Step):
-    """End the old QEMU by SIGKILL: its images are flushed and inactive, and its exit handlers are not wanted: they would
-    discard RAM (discard-data), run tap down-scripts, unlink sockets and the pid file."""
+    """End the old QEMU by SIGKILL: its images are flushed and inactive, and its exit handlers are not wanted.
+
+    They would discard RAM (discard-data), run tap down-scripts, unlink sockets and the pid file.
+    """
 
     def describe(self) -> str:
         return "end the old QEMU (SIGKILL: its exit handlers would undo what was moved)"

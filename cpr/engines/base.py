@@ -1,4 +1,4 @@
-"""What an engine is: findings that only concern it, and the steps it would take. Pure: it reads values, not the host."""
+"""What an engine is: findings that only concern it, and the steps it would take. Pure: it reads values only."""
 
 from __future__ import annotations
 

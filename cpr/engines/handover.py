@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.engines import after, steps
+from cpr.engines import after, prepare, switch
 from cpr.engines.successor import base_command, successor
 from cpr.model import Finding, Severity
 from cpr.qemu import cmdline as cl
@@ -68,24 +68,24 @@ class Handover:
         new = successor(guest, target, request.run_id)
         discarding = tuple(b for b in guest.ram if b.discard_data)
         plan: list[Step] = [
-            steps.OpenMonitor(guest=guest),
-            steps.TakeDescriptors(guest=guest, inherited=new.inherited),
-            steps.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
+            prepare.OpenMonitor(guest=guest),
+            prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
+            prepare.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
         ]
         if discarding:
-            plan.append(steps.KeepRamAtExit(blocks=discarding))
+            plan.append(prepare.KeepRamAtExit(blocks=discarding))
         plan.append(
-            steps.StartNew(guest=guest, target=target, successor=new, run_id=request.run_id),
+            prepare.StartNew(guest=guest, target=target, successor=new, run_id=request.run_id),
         )
         if new.vnc:
-            plan.append(steps.PassVncListeners(vnc=new.vnc))
+            plan.append(switch.PassVncListeners(vnc=new.vnc))
         plan += [
-            steps.PrepareStream(guest=guest),
-            steps.CompareChains(guest=guest, both=True),
-            steps.MoveState(guest=guest, blackout=True),
-            steps.CompareChains(guest=guest, both=False, blackout=True),
-            steps.MoveClients(guest=guest, blackout=True),
-            steps.Continue(commit=True, blackout=True) if guest.running else steps.Decide(commit=True),
+            switch.PrepareStream(guest=guest),
+            switch.CompareChains(guest=guest, both=True),
+            switch.MoveState(guest=guest, blackout=True),
+            switch.CompareChains(guest=guest, both=False, blackout=True),
+            switch.MoveClients(guest=guest, blackout=True),
+            switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
             after.EndOld(),
         ]
         if new.forwards or new.gdb:

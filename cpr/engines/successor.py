@@ -1,9 +1,9 @@
 """The new QEMU as a value: its command line, its environment and the descriptors it inherits. Pure.
 
-The old command line is edited, never written anew: RAM, listeners and taps become inherited descriptors, what only one
-QEMU can have at a time (a VNC address, a forwarded port, the gdb stub) is left out and handed over later, and what would
-touch the guest a second time (prealloc, a truncated log) is taken away. The numbers of the inherited descriptors are
-ours to choose, so they are part of the plan that is shown.
+The old command line is edited, never written anew: RAM, listeners and taps become inherited descriptors, what only
+one QEMU can have at a time (a VNC address, a forwarded port, the gdb stub) is left out and handed over later, and what
+would touch the guest a second time (prealloc, a truncated log) is taken away. The numbers of the inherited descriptors
+are ours to choose, so they are part of the plan that is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cpr.model import Chardev, Guest, Target
-    from cpr.qemu.cmdline.facts import Hostfwd
 
 FIRST_NUMBER = 20
 """Inherited descriptors are numbered from here: above stdio and what a launcher holds for itself."""
@@ -137,12 +136,13 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
     vnc = []
     for server in guest.vnc:
         names = []
-        for index, (_, _, _, number) in enumerate(server.listeners):
-            if number is not None:
+        for index, (_, _, _, listener) in enumerate(server.listeners):
+            if listener is not None:
                 names.append(f"vnc:{server.id}:{index}")
-                take(names[-1], number)
+                take(names[-1], listener)
         vnc.append((server.id, tuple(names)))
-    control, control_number = controls(guest), None
+    control = controls(guest)
+    control_number: int | None = None
     if control == CONTROL:
         control_number = numbers()
         line = line.appended(

@@ -1,0 +1,264 @@
+"""The steps that lead to a new QEMU beside the old one, while the guest runs. The switch is `switch.py`.
+
+A step is frozen; what changes while it runs is in `Run`. `undo` is called also after a `do` that failed half-way, and
+in reverse order; every step from `StartNew` on makes sure that the new QEMU is dead before the old one is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.errors import MonitorError, NewQemuDied, StepFailed
+from cpr.linux import fds, likeness, proc
+from cpr.linux.process import Process
+from cpr.model import Guest, MonitorAddress, RamBlock, Runstate, Step, Target
+from cpr.qemu import clients, qmp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.engines.successor import Inherited, Successor
+    from cpr.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenMonitor(Step):
+    """Connect to the guest's monitor and see that the guest is what the plan was made from."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return f"connect to the monitor of pid {self.guest.process.pid} at {self.guest.monitor}"
+
+    def do(self, run: Run) -> None:
+        assert self.guest.monitor is not None
+        run.old_monitor = qmp.connect(self.guest.monitor, self.guest.process.pid)
+        status = run.monitor.execute("query-status")["status"]
+        if status != self.guest.runstate:
+            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeDescriptors(Step):
+    """Duplicate RAM, listeners, connections and taps out of the old QEMU: from here on they outlive it."""
+
+    guest: Guest
+    inherited: tuple[Inherited, ...]
+
+    def describe(self) -> str:
+        kinds: dict[str, int] = {}
+        for entry in self.inherited:
+            kind = entry.name.split(":")[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
+        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        return f"take descriptors from pid {self.guest.process.pid}: {counts or 'none'}"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        for entry in self.inherited:
+            if entry.source is None:
+                fd = fds.Fd(os.open(entry.path, os.O_RDWR | os.O_CLOEXEC))
+            else:
+                fd = fds.take_fd(run.old.pidfd, entry.source)
+            run.descriptors[entry.name] = fd
+            if entry.inode and os.fstat(fd.number).st_ino != entry.inode:
+                raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+        for number in (0, 1, 2):
+            with contextlib.suppress(OSError):
+                run.descriptors[f"stdio:{number}"] = fds.take_fd(run.old.pidfd, number)
+
+    def undo(self, run: Run) -> None:
+        release(run)
+
+
+def release(run: Run) -> None:
+    """Close our copies of what was taken."""
+    for fd in run.descriptors.values():
+        fd.close()
+    run.descriptors.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OccupyMonitors(Step):
+    """See to it that nobody talks to the new QEMU before the commit.
+
+    A QEMU monitor serves one client and leaves the next ones in its listener's queue. Each monitor of the old QEMU gets
+    a client of ours, if it has none, and behind it a second one is queued. The new QEMU inherits the listener with
+    `wait=on`: it takes exactly that second client before its main loop starts, and no other until we hang up. The
+    second client of the guest's own QMP socket is how we drive the new QEMU. Others wait in the queue and are served
+    by whichever QEMU lives on.
+    """
+
+    guest: Guest
+    labels: tuple[str, ...]
+    control: str
+
+    def describe(self) -> str:
+        return f"keep the monitor{'s' if len(self.labels) > 1 else ''} {', '.join(self.labels) or '(none)'} to us"
+
+    def do(self, run: Run) -> None:
+        pid = self.guest.process.pid
+        for chardev in self.guest.chardevs:
+            if chardev.label not in self.labels:
+                continue
+            address = clients.listen_address(run.descriptors[f"listener:{chardev.label}"], chardev.label)
+            own = self.guest.monitor is not None and chardev.label == self.guest.monitor.label
+            if not own and not chardev.connected:
+                self._first_client(run, address, pid)
+            _drain(run.descriptors[f"listener:{chardev.label}"])
+            second = qmp.open_socket(address, pid)
+            if chardev.label == self.control:
+                run.extra["control"] = second
+            else:
+                run.closing.callback(second.close)
+                run.extra.setdefault("held", []).append(second)
+
+    def _first_client(self, run: Run, address: MonitorAddress, pid: int) -> None:
+        first = qmp.open_socket(address, pid)
+        run.closing.callback(first.close)
+        run.extra.setdefault("held", []).append(first)
+        if not select.select([first], [], [], 5.0)[0]:
+            raise MonitorError(str(address), "another client came first", hint="try again")
+
+    def undo(self, run: Run) -> None:
+        for sock in [*run.extra.pop("held", []), *filter(None, [run.extra.pop("control", None)])]:
+            sock.close()
+
+
+def _drain(listener: fds.Fd) -> None:
+    """Turn away who came between our two connections, a matter of a millisecond: they would be served before us."""
+    with socket.socket(fileno=os.dup(listener.number)) as sock:
+        while select.select([sock], [], [], 0)[0]:
+            sock.accept()[0].close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepRamAtExit(Step):
+    """`discard-data=on` would punch out the shared RAM when the old QEMU goes: switch it off and read it back."""
+
+    blocks: tuple[RamBlock, ...]
+
+    def describe(self) -> str:
+        return f"switch discard-data off for {', '.join(b.id for b in self.blocks)}"
+
+    def do(self, run: Run) -> None:
+        run.extra["touched"] = True
+        set_discard(run.monitor, self.blocks, on=False)
+
+    def undo(self, run: Run) -> None:
+        set_discard(run.monitor, self.blocks, on=True)
+
+
+def set_discard(monitor: qmp.Monitor, blocks: tuple[RamBlock, ...], *, on: bool) -> None:
+    """Set `discard-data` of memory backends and read it back. Raises `StepFailed` where it does not stay."""
+    for ram in blocks:
+        monitor.execute("qom-set", path=ram.qom_path, property="discard-data", value=on)
+        if monitor.execute("qom-get", path=ram.qom_path, property="discard-data") is not on:
+            raise StepFailed(f"discard-data={'on' if on else 'off'}", f"{ram.id} does not take it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartNew(Step):
+    """Start the new QEMU, paused and waiting for the state, in the old one's likeness. The guest still runs."""
+
+    guest: Guest
+    target: Target
+    successor: Successor
+    run_id: str
+
+    def describe(self) -> str:
+        return f"start the new QEMU {self.target.binary} in the likeness of pid {self.guest.process.pid}"
+
+    def do(self, run: Run) -> None:
+        run.extra["touched"] = True
+        ours, theirs = socket.socketpair() if self.successor.control_number is not None else (None, None)
+        given = {entry.target: run.descriptors[entry.name].number for entry in self.successor.inherited}
+        if theirs is not None and self.successor.control_number is not None:
+            given[self.successor.control_number] = theirs.fileno()
+        run.words = _words_of(run.descriptors.get("stdio:2"))
+        like = likeness.likeness_of(self.guest.process.pid)
+        run.extra["placement"] = likeness.thread_placement(self.guest.process.pid)
+        run.journal.fact("starting", run=self.run_id)
+        try:
+            launched = likeness.launch(
+                like,
+                argv=self.successor.argv,
+                environ=self.successor.environ,
+                executable=(self.target.binary.path, self.target.binary.identity),
+                descriptors=given,
+                stdin=run.descriptors.get("stdio:0"),
+                stdout=run.descriptors.get("stdio:1"),
+                stderr=run.descriptors.get("stdio:2"),
+            )
+        finally:
+            if theirs is not None:
+                theirs.close()
+        run.new = Process(launched.pid, launched.start_time, launched.pidfd)
+        run.journal.fact("new", pid=run.new.pid, start_time=run.new.start_time)
+        run.notes += launched.unmet
+        control = ours if ours is not None else run.extra.pop("control")
+        run.new_monitor = self._greet(run, control)
+        if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
+            raise StepFailed(self.describe(), "another QEMU answered on the monitor", hint="try again")
+        self._same_ram(run)
+        different = likeness.differences(like, likeness.likeness_of(run.new.pid), unmet=launched.unmet)
+        if different:
+            raise StepFailed(self.describe(), "it is not like the old one: " + "; ".join(different))
+
+    def _greet(self, run: Run, control: socket.socket) -> qmp.Monitor:
+        """Wait for the greeting, or for the new QEMU's end."""
+        assert run.new is not None
+        waiting = select.poll()
+        waiting.register(control, select.POLLIN)
+        waiting.register(run.new.pidfd.number, select.POLLIN)
+        while not (ready := {fd for fd, _ in waiting.poll(50)}):
+            run.check(self.describe())
+        if control.fileno() not in ready:
+            run.new.wait_dead(1.0)
+            raise NewQemuDied(self.describe(), "ended at its start", run.words())
+        return qmp.negotiate(control, "of the new QEMU", timeout=max(1.0, run.remaining()))
+
+    def _same_ram(self, run: Run) -> None:
+        """The new QEMU has mapped the very pages, shared: by device and inode of the mapping."""
+        assert run.new is not None
+        mapped = {(m.device, m.inode) for m in proc.read_maps(run.new.pid) if "s" in m.perms}
+        old = {(m.device, m.inode) for m in proc.read_maps(self.guest.process.pid) if "s" in m.perms and m.inode}
+        for ram in self.guest.ram:
+            if not any(inode == ram.inode for _, inode in mapped & old):
+                raise StepFailed(self.describe(), f"the new QEMU does not map the guest's RAM {ram.id}")
+
+    def undo(self, run: Run) -> None:
+        run.kill_new()
+        if run.new_monitor is not None:
+            run.new_monitor.close()
+        run.new_monitor = None
+
+
+def _words_of(stderr: fds.Fd | None) -> Callable[[], str]:
+    """Reads what is written to a log file from now on; nothing where standard error is no regular file."""
+    position = 0
+    path = f"/proc/self/fd/{stderr.number}" if stderr is not None else ""
+    with contextlib.suppress(OSError):
+        position = os.stat(path).st_size if path and os.path.isfile(path) else -1
+
+    def read() -> str:
+        if position < 0 or not path:
+            return ""
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            file.seek(position)
+            return last_words(file.read(65536).decode(errors="replace"))
+        return ""
+
+    return read
+
+
+def last_words(text: str) -> str:
+    """The lines of QEMU's standard error that tell why: without warnings and notes, at most four."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "warning:" not in line and " info: " not in line]
+    return " / ".join((telling or lines)[-4:])

@@ -1,0 +1,240 @@
+"""The switch: state and connections go to the new QEMU, and the commit. What follows is `after.py`.
+
+Between STOP and RESUME nothing sleeps, nothing is spawned, nothing is synced; waiting is on events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
+from cpr.linux import fds
+from cpr.model import BlockChain, Chardev, Guest, Runstate, Step
+from cpr.qemu import block, clients, migration, qmp
+from cpr.run import CommitRefused, resume_old
+
+if TYPE_CHECKING:
+    from cpr.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassVncListeners(Step):
+    """Give the new QEMU the VNC listeners (`display-update`, QEMU 7.1): whoever connects from now on stays."""
+
+    vnc: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def describe(self) -> str:
+        return f"pass the VNC listener{'s' if len(self.vnc) > 1 else ''} on"
+
+    def do(self, run: Run) -> None:
+        for _, names in self.vnc:
+            addresses = []
+            for name in names:
+                label = name.replace(":", "-")
+                run.successor.send_fd(label, run.descriptors[name].number)
+                addresses.append({"type": "fd", "str": label})
+            run.successor.execute("display-update", type="vnc", addresses=addresses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareStream(Step):
+    """Connect the two for the state: capabilities and parameters on both, a socket pair as the way."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return f"set {', '.join(migration.SWITCHED_ON)} on both and connect them"
+
+    def do(self, run: Run) -> None:
+        for monitor in (run.monitor, run.successor):
+            migration.prepare(monitor)
+        here, there = socket.socketpair()
+        with here, there:
+            run.monitor.send_fd("cpr-stream", here.fileno())
+            run.successor.send_fd("cpr-stream", there.fileno())
+        run.successor.execute("migrate-incoming", uri="fd:cpr-stream")
+
+    def undo(self, run: Run) -> None:
+        run.kill_new()
+        migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
+        with contextlib.suppress(CommandFailed):
+            run.monitor.execute("closefd", fdname="cpr-stream")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareChains(Step):
+    """Device -> node -> file, once more: a snapshot taken since the check would make two QEMUs write one image."""
+
+    guest: Guest
+    both: bool
+    """Also what the new QEMU opened."""
+
+    def describe(self) -> str:
+        return "compare device -> node -> file " + ("of plan, old and new QEMU" if self.both else "once more")
+
+    def do(self, run: Run) -> None:
+        self._compare(run, run.monitor, "the guest has now")
+        if self.both:
+            busy = run.monitor.execute("query-block-jobs")
+            if busy:
+                names = ", ".join(str(job.get("device", "?")) for job in busy)
+                raise StepFailed(self.describe(), f"a block job began meanwhile: {names}", hint="wait for its end")
+            self._compare(run, run.successor, "the new QEMU would use")
+
+    def _compare(self, run: Run, monitor: qmp.Monitor, whose: str) -> None:
+        now = {c.device: c for c in block.parse_chains(monitor.execute("query-block"))}
+        planned = {c.device: c for c in self.guest.chains}
+        for name in sorted(now.keys() | planned.keys()):
+            was, is_now = planned.get(name), now.get(name)
+            if _files(was) != _files(is_now):
+                raise StepFailed(
+                    self.describe(),
+                    f"{name}: planned {_chain(was)}, {whose} {_chain(is_now)}",
+                    hint="cpr check shows what to do about it",
+                )
+
+
+def _files(chain: BlockChain | None) -> tuple[str, ...] | None:
+    return None if chain is None else chain.files
+
+
+def _chain(chain: BlockChain | None) -> str:
+    return "nothing" if chain is None else " <- ".join(chain.files) or "no medium"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveState(Step):
+    """`migrate`, without `stop`: the setup happens while the guest runs, QEMU stops it at the last moment.
+
+    Allowed because every RAM block is proven to be skipped (check `ram-not-skipped`): one that is not would write stale
+    pages over live ones.
+    """
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "move the device state; QEMU stops the guest for it"
+
+    def do(self, run: Run) -> None:
+        status = run.monitor.execute("query-status")["status"]
+        if status != self.guest.runstate:
+            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+        seen_old, seen_new = run.monitor.event_count, run.successor.event_count
+        run.extra["seen_old"] = seen_old
+        run.blackout_began = time.monotonic()
+        run.monitor.execute("migrate", uri="fd:cpr-stream")
+        self._await(run, run.successor, seen_new)
+        self._await(run, run.monitor, seen_old)
+        if self.guest.running:
+            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old)
+            run.stop_time = stop.timestamp if stop is not None else None
+        state = run.successor.execute("query-status")["status"]
+        if state not in (Runstate.PAUSED, self.guest.runstate) or (self.guest.running and state == Runstate.RUNNING):
+            raise StepFailed(self.describe(), f"the new QEMU is {state} after loading")
+
+    def _await(self, run: Run, monitor: qmp.Monitor, after: int) -> None:
+        def ended(event: qmp.Event) -> bool:
+            return event.data.get("status") in ("completed", "failed", "cancelled")
+
+        def old_failed() -> bool:
+            past = run.monitor.events()[run.extra["seen_old"] :]
+            return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
+
+        event = run.wait_event(monitor, {"MIGRATION"}, self.describe(), ended, after=after, unless=old_failed)
+        if event is None or event.data["status"] != "completed":
+            assert run.new is not None
+            run.new.wait_dead(1.0)
+            words = run.words() or (migration.failure(run.successor) if run.new.alive() else "")
+            raise NewQemuDied(self.describe(), "did not take the state", words or migration.failure(run.monitor))
+
+    def undo(self, run: Run) -> None:
+        run.kill_new()
+        status = resume_old(run.monitor, self.guest.runstate)
+        if self.guest.running and status != Runstate.RUNNING:
+            raise StepFailed("undo", f"the old QEMU is {status} and does not go on", hint="cpr recover tries again")
+        if run.stop_time is None:
+            return
+        resumed = [e for e in run.monitor.events()[run.extra.get("seen_old", 0) :] if e.name == "RESUME"]
+        run.resume_time = resumed[-1].timestamp if resumed else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveClients(Step):
+    """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label)."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        labels = [c.label for c in movable(self.guest.chardevs)]
+        return f"move connected clients: {', '.join(labels) or 'none so far'}"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        servers = [c for c in self.guest.chardevs if f"listener:{c.label}" in run.descriptors and not c.monitor]
+        if not servers:
+            return
+        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in servers}
+        for chardev in movable(clients.connected_now(run.old.pid, tuple(servers), listeners)):
+            assert chardev.client is not None
+            with fds.take_fd(run.old.pidfd, chardev.client) as client:
+                run.successor.send_fd("cpr-client", client.number)
+            try:
+                run.successor.execute("add_client", protocol=chardev.label, fdname="cpr-client")
+            except CommandFailed as error:
+                raise StepFailed(
+                    self.describe(),
+                    f"{chardev.label}: the new QEMU does not take its client ({error.description})",
+                    hint="a second client was waiting for it and came first; end that one and try again",
+                ) from None
+
+    def undo(self, run: Run) -> None:
+        run.kill_new()
+
+
+def movable(chardevs: tuple[Chardev, ...]) -> tuple[Chardev, ...]:
+    """Chardevs whose client can be moved: servers, no monitors (a negotiated session would be greeted anew)."""
+    return tuple(c for c in chardevs if c.server and not c.monitor and c.client is not None and c.plain and c.in_argv)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continue(Step):
+    """The commit: `cont` to the new QEMU."""
+
+    def describe(self) -> str:
+        return "the new QEMU runs the guest (commit)"
+
+    def do(self, run: Run) -> None:
+        seen = run.successor.event_count
+        try:
+            run.successor.execute("cont")
+        except CommandFailed as error:
+            status = run.successor.execute("query-status")["status"]
+            ran = any(e.name == "RESUME" for e in run.successor.events()[seen:])
+            if status != Runstate.RUNNING and not ran:
+                raise CommitRefused(f"the new QEMU refuses to run: {error.description}") from None
+            raise
+        with contextlib.suppress(TimeoutError, CprError):
+            run.resume_time = run.successor.wait_event({"RESUME"}, timeout=2.0, after=seen).timestamp
+        report_blackout(run)
+
+
+def report_blackout(run: Run) -> None:
+    if run.stop_time is not None and run.resume_time is not None:
+        run.report({"event": "blackout", "seconds": max(0.0, run.resume_time - run.stop_time)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decide(Step):
+    """The commit of a paused guest: nothing is sent; the old QEMU will be ended."""
+
+    def describe(self) -> str:
+        return "decide for the new QEMU; the guest stays paused (commit)"
+
+    def do(self, run: Run) -> None:
+        assert run.new is not None
+        if not run.new.alive():
+            raise NewQemuDied(self.describe(), "ended", run.words())
