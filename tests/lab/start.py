@@ -17,13 +17,15 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypedDict, Unpack
 
-from tests.lab import LabError, counting
-from tests.lab.console import Console
+from tests.lab import LabError, counting, linux
+from tests.lab.console import Console, Log
 from tests.lab.counting import CountingLog
+from tests.lab.linux import LinuxLog
 from tests.lab.qemu import QemuBuild
 
 MARK = "CPR_LAB"  # environment variable that says which lab a process belongs to
@@ -31,6 +33,19 @@ MARK = "CPR_LAB"  # environment variable that says which lab a process belongs t
 # A background job of a shell that exits is an orphan at once; `setsid` then execs without a further fork,
 # so that $! is the program's pid.
 START = 'setsid "$@" </dev/null >>"$CPR_LAB_LOG" 2>&1 & echo $!'
+
+
+class Boot(TypedDict, total=False):
+    """How a guest is started.
+
+    machine: q35 if not given.  accel: tcg.  backend: the RAM's -object without id and size, a shared memfd if
+    not given, None for what QEMU does by itself.  seconds: how long it may take until the guest counts.
+    """
+
+    machine: str
+    accel: str
+    backend: str | None
+    seconds: float
 
 
 class Orphan:
@@ -65,10 +80,10 @@ class Orphan:
         return f"Orphan({self.pid})"
 
 
-class Guest:
-    """A counting guest in its QEMU: the process, where its QMP socket is, and its console."""
+class Guest(Generic[Log]):
+    """A guest in its QEMU: the process, where its QMP socket is, its console and what it said there."""
 
-    def __init__(self, process: Orphan, qmp: Path, console: Console[CountingLog]) -> None:
+    def __init__(self, process: Orphan, qmp: Path, console: Console[Log]) -> None:
         self.process = process
         self.qmp = qmp
         self.console = console
@@ -123,45 +138,77 @@ class Lab:
         build: QemuBuild,
         *extra: str,
         name: str = "guest",
-        machine: str = "q35",
         memory: str = "128M",
-        backend: str | None = "memory-backend-memfd,share=on",
-        accel: str = "tcg",
         hz: int = 100,
         pace: int | None = counting.IDLE_PACE,
-        seconds: float = 20,
-    ) -> Guest:
+        **how: Unpack[Boot],
+    ) -> Guest[CountingLog]:
         """Start the counting guest and return when it counts.
 
-        hz, pace: see `counting.disk`.  backend: the RAM's -object without id and size, or None for what
-        QEMU does by itself.  extra: further words for the command line.  seconds: how long it may take.
-        Raises LabError.
+        hz, pace: see `counting.disk`.  extra: further words for the command line.  Raises LabError.
         """
-        files = {kind: self.directory / f"{name}.{kind}" for kind in ("qmp", "console", "disk")}
+        disk = counting.disk(self.directory / f"{name}.disk", hz=hz, pace=pace)
+        log = CountingLog()
+        command = [*counting.arguments(disk), *extra]
+        return self._boot(build, name, memory, command, log, lambda: log.ticks, how)
+
+    def linux(
+        self,
+        build: QemuBuild,
+        *extra: str,
+        name: str = "guest",
+        memory: str = "256M",
+        words: Sequence[str] = (),
+        agent: bool = False,
+        **how: Unpack[Boot],
+    ) -> Guest[LinuxLog]:
+        """Start the Linux guest and return when it ticks.
+
+        words: for the kernel's command line.  agent: start qemu-ga in it, to be reached at `name`.agent in
+        the directory.  extra: further words for the command line.  Raises LabError.
+        """
+        guest = linux.obtain(agent=agent)
+        log = LinuxLog()
+        devices = linux.agent_arguments(self.directory / f"{name}.agent") if agent else []
+        command = ["-cpu", "max", *guest.arguments(*words), *devices, *extra]
+        return self._boot(build, name, memory, command, log, lambda: log.ticks, how)
+
+    def _boot(
+        self,
+        build: QemuBuild,
+        name: str,
+        memory: str,
+        words: Sequence[str],
+        log: Log,
+        ready: Callable[[], object],
+        how: Boot,
+    ) -> Guest[Log]:
+        qmp, path = (self.directory / f"{name}.{kind}" for kind in ("qmp", "console"))
+        backend = how.get("backend", "memory-backend-memfd,share=on")
         ram = f",memory-backend=ram0 -object {backend},id=ram0,size={memory}" if backend else ""
         command = [
             *build.command,
-            *f"-name {name} -nodefaults -display none -accel {accel}".split(),
-            *f"-m {memory} -machine {machine}{ram}".split(),
-            *f"-chardev socket,id=console,path={files['console']},server=on,wait=off".split(),
-            *f"-serial chardev:console -qmp unix:{files['qmp']},server=on,wait=off".split(),
-            *counting.arguments(counting.disk(files["disk"], hz=hz, pace=pace)),
-            *extra,
+            *f"-name {name} -nodefaults -display none -accel {how.get('accel', 'tcg')} -m {memory}".split(),
+            *f"-machine {how.get('machine', 'q35')}{ram}".split(),
+            *f"-chardev socket,id=console,path={path},server=on,wait=off -serial chardev:console".split(),
+            *f"-qmp unix:{qmp},server=on,wait=off".split(),
+            *words,
         ]
         process = self.start(command, name=name)
-        console = Console(CountingLog())
+        console = Console(log)
         self._consoles.callback(console.close)
+        seconds = how.get("seconds", 60)
         end = time.monotonic() + seconds
-        while process.alive and time.monotonic() < end and not console.log.ticks:
-            if not console.reading and files["console"].exists():
+        while process.alive and time.monotonic() < end and not ready():
+            if not console.reading and path.exists():
                 with contextlib.suppress(ConnectionRefusedError):  # bound, but not yet listening
-                    console.connect(files["console"], 0)
+                    console.connect(path, 0)
             with contextlib.suppress(TimeoutError):
-                console.log.wait(lambda: console.log.ticks, 0.002 if not console.reading else 0.1)
-        if not console.log.ticks:
+                log.wait(ready, 0.1 if console.reading else 0.002)
+        if not ready():
             reason = f"did not count within {seconds} s" if process.alive else "ended"
             raise LabError(f"{build} {reason}: {said(self.directory / f'{name}.log')}")
-        return Guest(process, files["qmp"], console)
+        return Guest(process, qmp, console)
 
     def adopt(self, pid: int) -> Orphan:
         """Have the process `pid` ended with the lab.  Raises ProcessLookupError."""

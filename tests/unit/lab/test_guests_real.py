@@ -1,12 +1,15 @@
 """The lab's guests in real QEMUs: they run, and the counting guest notices what it is there for."""
 
 import mmap
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab import LabError, counting, qemu
+from tests.lab.counting import CountingLog
 from tests.lab.start import Guest, Lab
 
 pytestmark = pytest.mark.qemu
@@ -61,7 +64,7 @@ class Memory:
     def __init__(self, lab: Lab) -> None:
         file = lab.directory / "ram"
         backend = f"memory-backend-file,mem-path={file},share=on"
-        self.guest: Guest = lab.counting(
+        self.guest: Guest[CountingLog] = lab.counting(
             qemu.obtain("7.2"), memory=f"{RAM >> 20}M", backend=backend, pace=0, hz=200
         )
         with file.open("r+b") as opened:
@@ -148,3 +151,40 @@ def test_counting_program_fits_its_sectors() -> None:
     assert len(program) == 512 * (1 + counting.SECTORS)
     assert program[510:512] == b"\x55\xaa"
     assert program[counting.HEADER_AT :].startswith(counting.MAGIC)
+
+
+def test_linux_guest_ticks_writes_its_disk_and_runs_on_every_cpu(lab: Lab) -> None:
+    disk = lab.directory / "disk"
+    disk.touch()
+    os.truncate(disk, 4 << 20)
+    drive = ("-drive", f"file={disk},format=raw,if=virtio", "-smp", "2")
+    guest = lab.linux(qemu.obtain("7.2"), *drive, words=["cpr.busy"])
+    guest.console.send(b"is anybody there\n")
+    guest.log.wait(lambda: guest.log.disk_ok >= 20 and len(guest.log.cpus) == 2, 30)
+    guest.log.wait(lambda: guest.log.echoed == ["is anybody there"])
+    assert guest.log.sound, guest.log.problems()
+    assert len(guest.log.boot_ids) == 1
+    assert b"block 1 of " + guest.log.boot_ids[0].encode() in disk.read_bytes()
+
+
+def test_linux_guest_notices_that_its_disk_lost_a_write(lab: Lab) -> None:
+    disk = lab.directory / "disk"
+    disk.touch()
+    os.truncate(disk, 16 * PAGE)
+    guest = lab.linux(qemu.obtain("10.0"), "-drive", f"file={disk},format=raw,if=virtio,cache=none")
+    guest.log.wait(lambda: guest.log.disk_ok >= 10, 30)
+    assert guest.log.sound, guest.log.problems()
+    with disk.open("r+b") as file:
+        file.write(bytes(16 * PAGE))
+    guest.log.wait(lambda: guest.log.disk_bad, 30)
+    assert "read back as" in guest.log.problems()[0]
+
+
+def test_guest_agent_answers(lab: Lab) -> None:
+    guest = lab.linux(qemu.obtain("11.1.a"), agent=True)
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(30)
+        agent.connect(str(lab.directory / "guest.agent"))
+        agent.sendall(b'{"execute": "guest-ping"}\n')
+        assert agent.recv(100) == b'{"return": {}}\n'
+    assert guest.log.sound, guest.log.problems()
