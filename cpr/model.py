@@ -327,6 +327,8 @@ class Guest:
     """(QOM path of a balloon, guest-stats-polling-interval) where it is not 0."""
     config_files: tuple[tuple[str, str], ...] = ()
     """(-readconfig path, its text) where argv has one."""
+    changed_files: tuple[str, ...] = ()
+    """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()
 
     @property
@@ -372,6 +374,8 @@ class Rehearsal:
     """(RAM block id, bytes) that the start itself wrote into RAM."""
     cpu_differences: tuple[str, ...] = ()
     options_changed: tuple[str, ...] = ()
+    accelerator: str = ""
+    """The accelerator that the new QEMU took; "" where it was not asked."""
 
 
 class Severity(StrEnum):

@@ -120,18 +120,6 @@ def writes_ram_at_start(command: CommandLine, rehearsal: Rehearsal | None = None
         )
 
 
-@check("drift-memory", "Memory that was plugged or unplugged since the start", ignorable=False)
-def drift_memory(guest: Guest) -> Iterator[Finding]:
-    """Every block of RAM is on the command line."""
-    for block in guest.ram:
-        if not block.in_argv:
-            yield blocker(
-                block.id,
-                f"{size(block.size)} of RAM was plugged in while the guest ran and is not on its command line",
-                "unplug it in the guest (device_del, object-del), or start the guest with it the next time",
-            )
-
-
 def version_of(text: str | None) -> tuple[int, int] | None:
     """(major, minor) of a version, None where it is unknown."""
     parts = (text or "").split(".")
