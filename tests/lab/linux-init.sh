@@ -8,8 +8,8 @@
 #   cpu I N             with cpr.busy: a process bound to each CPU, some times a second
 #   e LINE              a line came in on the console
 #
-# Kernel command line: cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends the
-# numbers from 1 on as fast as it goes, port 20 sixteen of them a hundredth of a second.
+# Kernel command line: cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
+# the numbers from 1 on, a line each, as fast as it goes, port 20 eight of them each hundredth of a second.
 
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc

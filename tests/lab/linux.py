@@ -29,7 +29,7 @@ APPLETS = (
 PACED = """\
 #!/bin/sh
 n=1
-while echo $n $((n + 1)) $((n + 2)) $((n + 3)) $((n + 4)) $((n + 5)) $((n + 6)) $((n + 7)); do
+while printf '%d\\n' $n $((n + 1)) $((n + 2)) $((n + 3)) $((n + 4)) $((n + 5)) $((n + 6)) $((n + 7)); do
     n=$((n + 8))
     read -r -t 0.01 nothing <> /run/never
 done

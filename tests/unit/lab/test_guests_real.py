@@ -2,13 +2,15 @@
 
 import mmap
 import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab import LabError, counting, qemu
+from tests.lab import LabError, counting, linux, qemu, tap
 from tests.lab.counting import CountingLog
 from tests.lab.start import Guest, Lab
 
@@ -188,3 +190,39 @@ def test_guest_agent_answers(lab: Lab) -> None:
         agent.sendall(b'{"execute": "guest-ping"}\n')
         assert agent.recv(100) == b'{"return": {}}\n'
     assert guest.log.sound, guest.log.problems()
+
+
+def test_users_of_the_guest_see_its_pause_and_nothing_else(lab: Lab) -> None:
+    if reason := tap.why_not():
+        pytest.skip(reason)
+    with tap.Tap() as device:
+        guest = lab.linux(qemu.obtain("10.0"), *device.arguments(), words=[device.guest_word])
+        with tap.Pinger(device.guest) as pinger, tap.Stream(device.guest) as stream:
+            pinger.wait_arrivals(20)
+            stream.wait_arrivals(20)
+            with socket.create_connection((device.guest, linux.ECHO_PORT), timeout=10) as echo:
+                echo.sendall(b"hello")
+                assert echo.recv(5) == b"hello"
+            start = time.monotonic()
+            guest.process.kill(signal.SIGSTOP)
+            time.sleep(0.4)
+            guest.process.kill(signal.SIGCONT)
+            pinger.wait_arrivals(20)
+            stream.wait_arrivals(20)
+            for watcher in (pinger, stream):
+                assert 0.35 < watcher.silence(start) < 1
+        assert not pinger.lost
+        assert stream.sound
+        assert 0.35 < guest.log.largest_gap(start) < 1
+        assert guest.log.sound, guest.log.problems()
+    assert device.name not in os.listdir("/sys/class/net")
+
+
+def test_flood_of_numbers_is_read_byte_by_byte(lab: Lab) -> None:
+    if reason := tap.why_not():
+        pytest.skip(reason)
+    with tap.Tap() as device:
+        lab.linux(qemu.obtain("7.2"), *device.arguments(), words=[device.guest_word])
+        with tap.Stream(device.guest, linux.FLOOD_PORT) as stream:
+            stream.wait(lambda: stream.received > 1 << 20, 30)
+        assert stream.sound
