@@ -245,8 +245,11 @@ class Run:
         status, code, where, pid_after = self._verdict(failure)
         runstate = ""
         with contextlib.suppress(CprError, AssertionError):
-            survivor = self.successor if pid_after != guest.process.pid else self.monitor
-            runstate = str(survivor.execute("query-status", timeout=2)["status"])
+            survivor = self.successor if self.committed else self.monitor
+            runstate = str(survivor.execute("query-status", timeout=5)["status"])
+        if self.committed and pid_after and not runstate:
+            status, code = Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION
+            where = f"{errors.NEEDS_YOU}: it is in the new QEMU (pid {pid_after}), which does not answer"
         return Outcome(
             guest=guest.name or str(guest.process.pid),
             uuid=guest.uuid,

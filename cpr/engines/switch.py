@@ -86,8 +86,8 @@ class CompareChains(Step):
             self._compare(run, run.successor, "the new QEMU would use")
 
     def _compare(self, run: Run, monitor: qmp.Monitor, whose: str) -> None:
-        now = {c.device: c for c in block.parse_chains(monitor.execute("query-block"))}
-        planned = {c.device: c for c in self.guest.chains}
+        now = {_key(c): c for c in block.parse_chains(monitor.execute("query-block"))}
+        planned = {_key(c): c for c in self.guest.chains}
         for name in sorted(now.keys() | planned.keys()):
             was, is_now = planned.get(name), now.get(name)
             if _files(was) != _files(is_now):
@@ -96,6 +96,11 @@ class CompareChains(Step):
                     f"{name}: planned {_chain(was)}, {whose} {_chain(is_now)}",
                     hint="cpr check shows what to do about it",
                 )
+
+
+def _key(chain: BlockChain) -> str:
+    """The drive's name where it has one: QOM paths of unnamed devices are counted differently by each version."""
+    return chain.drive or chain.device
 
 
 def _files(chain: BlockChain | None) -> tuple[str, ...] | None:
