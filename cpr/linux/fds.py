@@ -1,44 +1,32 @@
-"""Descriptors that somebody owns: `Fd`, taking one out of another process, and what a process has open.
+"""Owned file descriptors, descriptors of other processes, and the table of what a process has open.
 
-Bare numbers live here and nowhere else. What a descriptor is *for* is not known here.
+Out of scope: what a descriptor means to its program.
 """
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import os
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-SYS_PIDFD_GETFD = 438
-_libc = ctypes.CDLL(None, use_errno=True)
+from cpr.linux import procfile
+from cpr.linux.syscalls import pidfd_getfd
 
 
 class Fd:
-    """Owns one descriptor; closes it when left, unless it was handed on with `steal`."""
+    """Owns one descriptor: closed by `close`, at the end of a `with`, or with the object; `steal` hands it on."""
 
     __slots__ = ("_number",)
 
     def __init__(self, number: int) -> None:
         self._number = number
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Fd({self._number})"
-
     @property
     def number(self) -> int:
+        """The number. Raises ValueError once closed or handed on."""
         if self._number < 0:
-            raise ValueError("the descriptor is closed")
+            raise ValueError("the descriptor is closed or was handed on")
         return self._number
 
     @property
@@ -49,106 +37,180 @@ class Fd:
         return self.number
 
     def steal(self) -> int:
-        """Give the number away; the caller owns it now."""
-        number, self._number = self.number, -1
+        """The number; from now on the caller owns it."""
+        number = self.number
+        self._number = -1
         return number
 
     def dup(self) -> Fd:
-        """Another descriptor of the same open file, close-on-exec."""
-        return Fd(os.dup(self.number))
+        """A second descriptor (close-on-exec) of the same open file description."""
+        return Fd(fcntl.fcntl(self.number, fcntl.F_DUPFD_CLOEXEC, 0))
 
     def close(self) -> None:
-        """Safe to repeat."""
-        if self._number >= 0:
-            number, self._number = self._number, -1
+        """Close it, once; afterwards a no-op."""
+        number, self._number = self._number, -1
+        if number >= 0:
             os.close(number)
 
+    def __enter__(self) -> Self:
+        return self
 
-def pidfd_getfd(pidfd: int, number: int) -> int:
-    """pidfd_getfd(2), Linux 5.6: a duplicate of another process's descriptor, close-on-exec.
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    Raises:
-        OSError: EBADF no such descriptor, ESRCH the process is gone, EPERM no ptrace access.
-    """
-    result = _libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return int(result)
+    def __del__(self) -> None:
+        if getattr(self, "_number", -1) >= 0:
+            try:
+                self.close()
+            except OSError:
+                pass
+
+    def __repr__(self) -> str:
+        return f"Fd({self._number})"
 
 
-def take_fd(pidfd: Fd | int, number: int) -> Fd:
-    """A duplicate of descriptor `number` of the process behind a pidfd: the same open file description."""
-    return Fd(pidfd_getfd(pidfd if isinstance(pidfd, int) else pidfd.number, number))
+class FdSet:
+    """Owns several descriptors by name; all are closed at the end of a `with`."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, Fd] = {}
+
+    def add(self, name: str, fd: Fd) -> Fd:
+        """Take it over. Raises KeyError (and closes it) where the name is taken."""
+        if name in self._fds:
+            fd.close()
+            raise KeyError(name)
+        self._fds[name] = fd
+        return fd
+
+    def __getitem__(self, name: str) -> Fd:
+        return self._fds[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fds
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._fds)
+
+    def steal(self, name: str) -> Fd:
+        """Hand one out; the set does not own it any more."""
+        return self._fds.pop(name)
+
+    def close(self) -> None:
+        while self._fds:
+            self._fds.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenDescriptor:
-    """One entry of /proc/PID/fd. `target` is the link's text: a path, socket:[INODE], anon_inode:[eventfd], ..."""
+    """One row of a process's descriptor table."""
 
     number: int
     target: str
-    device: int = 0
-    inode: int = 0
-    mode: int = 0
-    """st_mode of what it leads to; 0 where it could not be asked."""
-    rdev: int = 0
-    flags: int = 0
-    """open(2) flags, O_CLOEXEC included."""
-    info: str = ""
-    """The text of fdinfo."""
+    """What /proc/PID/fd/N leads to: '/path', 'socket:[123]', 'anon_inode:[eventfd]', '/memfd:x (deleted)'."""
+    device: int
+    """st_dev."""
+    inode: int
+    mode: int
+    """st_mode."""
+    position: int
+    flags: int
+    """Open flags (O_RDWR, O_APPEND, ...), O_CLOEXEC included."""
+    mount_id: int
+    extra: tuple[tuple[str, str], ...] = ()
+    """The other lines of fdinfo, e.g. ("eventfd-count", "0"), ("iff", "tap0"), ("tfd", ...); names may repeat."""
 
     @property
     def close_on_exec(self) -> bool:
         return bool(self.flags & os.O_CLOEXEC)
 
-    @property
-    def socket_inode(self) -> int:
-        match = re.fullmatch(r"socket:\[(\d+)\]", self.target)
-        return int(match[1]) if match else 0
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FdInfo:
+    """/proc/PID/fdinfo/N: offset in bytes, open flags, mount id, and what the kind of file adds."""
+
+    position: int
+    flags: int
+    mount_id: int
+    extra: tuple[tuple[str, str], ...]
 
 
-def parse_fdinfo_flags(text: str) -> int:
-    """The octal `flags:` line of an fdinfo file; 0 if there is none."""
-    match = re.search(r"^flags:\s*([0-7]+)", text, re.MULTILINE)
-    return int(match[1], 8) if match else 0
+def parse_fdinfo(text: str) -> FdInfo:
+    """Parse /proc/PID/fdinfo/N. Raises ValueError where `flags` is missing or no number."""
+    values: dict[str, str] = {}
+    extra: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        key, value = key.strip(), value.strip()
+        if key in ("pos", "flags", "mnt_id") and key not in values:
+            values[key] = value
+        elif key and key != "ino":
+            extra.append((key, value))
+    if "flags" not in values:
+        raise ValueError(f"no flags in fdinfo: {text[:80]!r}")
+    return FdInfo(
+        position=int(values.get("pos", "0")),
+        flags=int(values["flags"], 8),
+        mount_id=int(values.get("mnt_id", "0")),
+        extra=tuple(extra),
+    )
+
+
+def take_fd(process: Fd | int, number: int) -> Fd:
+    """Descriptor `number` of another process, duplicated into ours: same open file description (pidfd_getfd, 5.6).
+
+    `process` is a pidfd as `Fd`, or a pid as int. The duplicate is close-on-exec.
+
+    Raises:
+        ProcessLookupError: it is gone. PermissionError: no PTRACE_MODE_ATTACH. OSError(EBADF): no such descriptor.
+    """
+    if isinstance(process, Fd):
+        return Fd(pidfd_getfd(process.number, number))
+    with open_pidfd(process) as pidfd:
+        return Fd(pidfd_getfd(pidfd.number, number))
+
+
+def open_pidfd(pid: int) -> Fd:
+    """A pidfd. Raises ProcessLookupError."""
+    return Fd(os.pidfd_open(pid))
 
 
 def descriptor_table(pid: int) -> tuple[OpenDescriptor, ...]:
-    """Every descriptor of a process, by number. One that is closed meanwhile is left out.
+    """All descriptors of a process, by number; those closed while we read are left out.
 
     Raises:
-        ProcessLookupError: the process is gone.
-        PermissionError: it may not be looked into.
+        ProcessLookupError, PermissionError.
     """
-    return tuple(sorted(_descriptors(pid), key=lambda d: d.number))
-
-
-def _descriptors(pid: int) -> Iterator[OpenDescriptor]:
-    base = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(base)
-    except FileNotFoundError:
-        raise ProcessLookupError(f"no process {pid}") from None
-    for name in names:
+    with procfile.vanishing(pid):
+        numbers = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+    rows = []
+    for number in numbers:
         try:
-            target = os.readlink(f"{base}/{name}")
+            target = procfile.read_link(pid, f"fd/{number}")
+            status = procfile.stat(pid, f"fd/{number}")
+            info = parse_fdinfo(procfile.read_text(pid, f"fdinfo/{number}"))
         except FileNotFoundError:
             continue
-        try:
-            status = os.stat(f"{base}/{name}")
-            with open(f"/proc/{pid}/fdinfo/{name}") as file:
-                info = file.read()
-        except OSError:
-            yield OpenDescriptor(number=int(name), target=target)
-            continue
-        yield OpenDescriptor(
-            number=int(name),
-            target=target,
-            device=status.st_dev,
-            inode=status.st_ino,
-            mode=status.st_mode,
-            rdev=status.st_rdev,
-            flags=parse_fdinfo_flags(info),
-            info=info,
+        rows.append(
+            OpenDescriptor(
+                number=number,
+                target=target,
+                device=status.st_dev,
+                inode=status.st_ino,
+                mode=status.st_mode,
+                position=info.position,
+                flags=info.flags,
+                mount_id=info.mount_id,
+                extra=info.extra,
+            )
         )
+    return tuple(rows)
