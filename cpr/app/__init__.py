@@ -9,6 +9,7 @@ world     everything that reads or writes the machine comes through `World`, so 
 
 from cpr.app.examine import Examined, Modes, check, info, list_guests, show
 from cpr.app.runs import log, recover, runs
+from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
 from cpr.app.world import Choices, Handle, World, real_world
 
@@ -18,6 +19,7 @@ __all__ = [
     "Handle",
     "Modes",
     "Prepared",
+    "Started",
     "Stop",
     "Update",
     "World",
@@ -29,6 +31,7 @@ __all__ = [
     "prepare",
     "real_world",
     "recover",
+    "run",
     "runs",
     "show",
     "worst",

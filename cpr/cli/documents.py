@@ -8,7 +8,7 @@ from cpr.checks.registry import blockers
 from cpr.cli.output import error_json
 
 if TYPE_CHECKING:
-    from cpr.app import Examined, Modes, Prepared, Update
+    from cpr.app import Examined, Modes, Prepared, Started, Update
     from cpr.journal import Record
     from cpr.model import Binary, Outcome, Plan, RamBlock
 
@@ -145,6 +145,19 @@ def outcome(it: Outcome) -> dict[str, Any]:
         "notes": list(it.notes),
         "error": it.error or None,
         "hint": it.hint or None,
+    }
+
+
+def started(it: Started) -> dict[str, Any]:
+    """The guest of `cpr run --json`."""
+    return {
+        "name": it.name,
+        "pid": it.pid,
+        "qemu": it.qemu,
+        "monitor": str(it.monitor),
+        "log": it.log,
+        "argv": list(it.argv),
+        "notes": list(it.notes),
     }
 
 
