@@ -4,8 +4,8 @@ An artifact is a directory ``<name>.<digest of its recipe>``.  It is built besid
 into it, so one that exists is complete, and a changed recipe gets a new directory while programs started
 from the old one go on.  Two processes that want the same artifact build it once.
 
-Out of scope: what is in an artifact, and when the mirror has something newer (see ``prune`` and
-``python -m tests.lab --fetch --again``).
+Out of scope: what is in an artifact, and whether the mirror has something newer by now (for that there is
+``python -m tests.lab --again``).
 """
 
 import contextlib
@@ -14,9 +14,13 @@ import fcntl
 import hashlib
 import os
 import pwd
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+KEPT_SECONDS = 7 * 86400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,8 @@ def artifact(name: str, recipe: str, build: Callable[[Workspace], None]) -> Path
             build(workspace)
             give_to_invoking_user(workspace.out)
             workspace.out.rename(final)
+            final.touch()
+            remove_old(name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -75,6 +81,18 @@ def artifact(name: str, recipe: str, build: Callable[[Workspace], None]) -> Path
 def path_of(name: str, recipe: str) -> Path:
     """Where the artifact is or would be."""
     return root() / f"{name}.{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+
+
+def artifacts() -> list[Path]:
+    """All artifacts there are, those of recipes that nobody uses any more too."""
+    return sorted(entry for entry in root().glob("*") if re.fullmatch(r"[\w.-]+\.[0-9a-f]{10}", entry.name))
+
+
+def remove_old(name: str) -> None:
+    """Remove artifacts `name` of other recipes once they are some days old."""
+    for entry in artifacts():
+        if entry.name.rpartition(".")[0] == name and time.time() - entry.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def make_root() -> None:

@@ -71,7 +71,11 @@ def arguments(image: Path) -> list[str]:
 
 def program() -> bytes:
     """The guest as the disk's first sectors, assembled if need be.  Raises LabError."""
-    source = SOURCE.read_text()
+    return (directory() / "counting.bin").read_bytes()
+
+
+def directory() -> Path:
+    """The artifact that `program` is in."""
 
     def build(workspace: cache.Workspace) -> None:
         unlinked = workspace.scratch / "counting.o"
@@ -81,8 +85,7 @@ def program() -> bytes:
         options = ["-m", "elf_x86_64", f"-Ttext={ORIGIN:#x}", "-e", "start", "--oformat", "binary"]
         debian.run([*tools.command("ld"), *options, "-o", str(binary), str(unlinked)])
 
-    directory = cache.artifact("counting", f"1 {SECTORS} {ORIGIN} {source}", build)
-    return (directory / "counting.bin").read_bytes()
+    return cache.artifact("counting", f"1 {SECTORS} {ORIGIN} {SOURCE.read_text()}", build)
 
 
 class CountingLog(ConsoleLog):

@@ -18,7 +18,7 @@ from tests.lab import LabError, cache, debian, elf
 from tests.lab.console import ConsoleLog, largest_gap
 from tests.lab.cpio import Archive
 
-RECIPE = "1"
+RECIPE = "2"
 SUITE = "bookworm"
 INIT = Path(__file__).with_name("linux-init.sh")
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng")
@@ -41,10 +41,11 @@ ECHO_PORT, FLOOD_PORT, PACED_PORT = 7, 19, 20
 
 @dataclasses.dataclass(frozen=True)
 class LinuxGuest:
-    """What QEMU boots.  `append` is the least the kernel's command line must say."""
+    """What QEMU boots.  `release` is the kernel's, `append` the least its command line must say."""
 
     kernel: Path
     initrd: Path
+    release: str
     append: str = APPEND
 
     def arguments(self, *words: str) -> list[str]:
@@ -66,7 +67,8 @@ def obtain(*, agent: bool = False) -> LinuxGuest:
     """The guest, from the cache or the mirror; with qemu-ga in it if `agent`.  Raises LabError."""
     recipe = " ".join((RECIPE, SUITE, PACED, *MODULES, *APPLETS, INIT.read_text()))
     directory = cache.artifact("linux", recipe, build)
-    return LinuxGuest(directory / "vmlinuz", directory / ("initrd-agent" if agent else "initrd"))
+    initrd = directory / ("initrd-agent" if agent else "initrd")
+    return LinuxGuest(directory / "vmlinuz", initrd, (directory / "release").read_text())
 
 
 def build(workspace: cache.Workspace) -> None:
@@ -77,6 +79,7 @@ def build(workspace: cache.Workspace) -> None:
     (kernel,) = (tree / "boot").glob("vmlinuz-*")
     shutil.copy(kernel, workspace.out / "vmlinuz")
     release = kernel.name.removeprefix("vmlinuz-")
+    (workspace.out / "release").write_text(release)
     archive = Archive()
     for name in ("dev", "proc", "sys", "run", "tmp"):
         archive.directory(name)
