@@ -25,6 +25,7 @@ from cpr.qemu.cmdline import (
     with_memory_backend_fd,
     without,
 )
+from cpr.qemu.cmdline.params import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 MAIN_RAM = "cpr-ram"
 DEFAULT_RAM = 128 << 20
 """What QEMU gives where nothing is said (MachineClass.default_ram_size; some machines have more)."""
-OWN_MONITOR = "cpr-qmp"
 PAGES = frozenset({"memory-backend-ram", "memory-backend-memfd", "memory-backend-shm"})
 """Back ends without a name: from QEMU 8.1 on the stream would copy them, or they are private anyway."""
 
@@ -159,6 +159,5 @@ def _with_monitor(command: CommandLine, socket: str, cwd: str, notes: list[str])
             path = f"@{found.path}" if found.abstract else os.path.join(cwd, found.path)
             return command, MonitorAddress(label=monitor.label, path=path)
     notes.append(f"no QMP socket on the command line: one was added at {socket}")
-    params = Params.of(("backend", "socket"), id=OWN_MONITOR, path=socket, server=True, wait=False)
-    command = command.appended(Option("chardev", params.render()), Option("mon", f"chardev={OWN_MONITOR},mode=control"))
-    return command, MonitorAddress(label=OWN_MONITOR, path=socket)
+    command = command.appended(Option("qmp", f"unix:{escape(socket)},server=on,wait=off"))
+    return command, MonitorAddress(label=monitors(command)[-1].label, path=socket)

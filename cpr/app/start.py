@@ -205,10 +205,11 @@ def _held(pid: int, log: str) -> Process:
 
 
 def _words(log: str) -> str:
-    """The last lines that QEMU said."""
+    """The last lines that QEMU said, without its warnings if there is anything else."""
     try:
         with open(log, encoding="utf-8", errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
     except OSError:
         lines = []
-    return " / ".join(lines[-4:]) or "it said nothing"
+    telling = [line for line in lines if "warning:" not in line]
+    return " / ".join((telling or lines)[-4:]) or "it said nothing"
