@@ -1,78 +1,118 @@
-"""A file that is only appended to, its space allocated in advance: a full disk is met at the start, not in the middle.
+"""A file for records that is allocated in advance: a full disk is met when it is made, not when it matters.
 
-What the records mean is not known here; they are lines.
+A record is a line. Behind the last one the allocated rest is zeroes, and after a crash the last line may be cut:
+readers stop there.
+
+Out of scope: what the records say.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Self
 
 
 class AppendFile:
-    """Created anew, mode 0600. Raises OSError (EEXIST, ENOSPC, EROFS, ...)."""
+    """Created 0600, O_EXCL, with `size` bytes allocated (zeroes); records are written one after the other.
+
+    `sync`: every record is on disk before `append` returns, and the file's name when it has been made.
+
+    Raises:
+        FileExistsError; OSError(ENOSPC): no room, nothing is left behind.
+    """
 
     def __init__(self, path: str, size: int, *, sync: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self.path = path
-        self._sync = sync
-        self._step = size
+        self._fd = os.open(path, flags, 0o600)
+        self._size = size
         self._end = 0
         self._allocated = 0
-        self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._sync = sync
         try:
-            self._grow(size)
+            self._allocate(size)
             if sync:
-                os.fsync(self._number)
-                sync_directory(os.path.dirname(path))
+                self.sync()
         except BaseException:
-            os.close(self._number)
+            self.close()
             os.unlink(path)
             raise
 
-    def _grow(self, size: int) -> None:
-        os.posix_fallocate(self._number, 0, size)
-        self._allocated = size
+    @classmethod
+    def resume(cls, path: str, *, size: int = 4096, sync: bool = False) -> Self:
+        """Go on behind the last whole record of an existing file; a cut one is overwritten. OSError."""
+        self = cls.__new__(cls)
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            data = _read_all(self._fd)
+            self._end = _whole(data)
+            self._allocated = len(data)
+            self._size = size
+            self._sync = sync
+            if data[self._end :].strip(b"\0"):
+                os.ftruncate(self._fd, self._end)
+                self._allocated = self._end
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self
 
     def append(self, data: bytes) -> None:
-        """Write at the end; allocated space is used first."""
+        """Write a record, its newline included, at the end. OSError: what was there before is still whole."""
         if self._end + len(data) > self._allocated:
-            self._grow(self._end + len(data) + self._step)
-        position = self._end
-        while position < self._end + len(data):
-            written = os.pwrite(self._number, data[position - self._end :], position)
-            if written <= 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            position += written
-        self._end = position
+            self._allocate(max(self._size, len(data)))
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._fd, data[written:], self._end + written)
         if self._sync:
-            os.fdatasync(self._number)
+            os.fdatasync(self._fd)
+        self._end += len(data)
+
+    def sync(self) -> None:
+        """The data and the file's name are on disk when this returns."""
+        os.fsync(self._fd)
+        sync_directory(self.path)
 
     def close(self) -> None:
-        """Give back what was not used. Safe to repeat."""
-        if self._number >= 0:
-            number, self._number = self._number, -1
-            try:
-                os.ftruncate(number, self._end)
-            finally:
-                os.close(number)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _allocate(self, more: int) -> None:
+        if more > 0:
+            os.posix_fallocate(self._fd, self._end, more)
+            self._allocated = max(self._allocated, self._end + more)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_all(fd: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _whole(data: bytes) -> int:
+    """Length of the whole lines at the beginning."""
+    zero = data.find(b"\0")
+    return data.rfind(b"\n", 0, zero if zero >= 0 else len(data)) + 1
+
+
+def read_records(path: str) -> list[bytes]:
+    """The whole lines, without their newlines: neither the unused zeroes behind them nor a line cut by a crash."""
+    with open(path, "rb") as file:
+        data = file.read()
+    return data[: _whole(data)].split(b"\n")[:-1]
 
 
 def sync_directory(path: str) -> None:
-    """fsync a directory, so that a file's name in it survives a crash."""
-    number = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """fsync the directory that `path` stands in: a new name, or a renamed file, is on disk then."""
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(number)
+        os.fsync(fd)
     finally:
-        os.close(number)
-
-
-def read_records(path: str) -> Iterator[bytes]:
-    """Its lines, without the allocated rest and without a last line that was cut."""
-    with open(path, "rb") as file:
-        text = file.read().split(b"\0", 1)[0]
-    *lines, _cut = text.split(b"\n")
-    yield from lines
+        os.close(fd)
