@@ -1,0 +1,206 @@
+"""What is plugged into a guest and what it shows: devices, VNC, jobs, threads; and the sockets at a moment.
+
+Facts that come from QMP alone are parsed here; `chardevs`, `network`, `block` and `memory` have the others.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cpr.errors import CommandFailed, MonitorError
+from cpr.model import BlockChain, Chardev, Device, MonitorAddress, Vcpu, VncServer
+from cpr.qemu import block, sockets
+from cpr.qemu.answers import NONSENSE, Answers, flag, mapping, mappings, number, text
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from cpr.linux.fds import Fd
+    from cpr.qemu.qmp import Monitor
+    from cpr.qemu.sockets import Endpoint
+
+ENDED_JOBS = ("concluded", "null")
+PERIPHERAL = "/machine/peripheral"
+PERIPHERAL_ANON = "/machine/peripheral-anon"
+
+
+# -- the guest
+
+
+def devices(answers: Answers) -> tuple[Device, ...]:
+    """Devices of -device and device_add; those with an id first."""
+    named = [Device(id=name, type=kind) for name, kind in answers.children(PERIPHERAL)]
+    unnamed = [Device(id=name, type=kind, anonymous=True) for name, kind in answers.children(PERIPHERAL_ANON)]
+    return (*sorted(named, key=lambda d: d.id), *unnamed)
+
+
+def stats_polling(answers: Answers, plugged: Collection[Device]) -> tuple[tuple[str, int], ...]:
+    """(QOM path, seconds) of balloons that poll the guest's statistics: set over QMP, argv does not know it."""
+    found = []
+    for device in plugged:
+        if device.type.startswith("virtio-balloon"):
+            path = f"{PERIPHERAL_ANON if device.anonymous else PERIPHERAL}/{device.id}"
+            seconds = answers.qom_get(path, "guest-stats-polling-interval", number, 0)
+            if seconds:
+                found.append((path, seconds))
+    return tuple(found)
+
+
+def vcpus(answers: Answers) -> tuple[Vcpu, ...]:
+    def parse(reply: Any) -> tuple[Vcpu, ...]:
+        return tuple(Vcpu(index=number(e["cpu-index"]), thread_id=number(e["thread-id"])) for e in mappings(reply))
+
+    return answers.read("query-cpus-fast", parse, ())
+
+
+def iothreads(answers: Answers) -> tuple[tuple[str, int], ...]:
+    def parse(reply: Any) -> tuple[tuple[str, int], ...]:
+        return tuple((text(e["id"]), number(e["thread-id"])) for e in mappings(reply))
+
+    return answers.read("query-iothreads", parse, ())
+
+
+def fdsets(answers: Answers) -> tuple[tuple[int, tuple[tuple[int, str], ...]], ...]:
+    def parse(reply: Any) -> tuple[tuple[int, tuple[tuple[int, str], ...]], ...]:
+        return tuple(
+            (number(e["fdset-id"]), tuple((number(m["fd"]), text(m.get("opaque", ""))) for m in mappings(e["fds"])))
+            for e in mappings(reply)
+        )
+
+    return tuple(sorted(answers.read("query-fdsets", parse, ())))
+
+
+def jobs(answers: Answers) -> tuple[str, ...]:
+    """Jobs that are not through: `TYPE ID`."""
+
+    def parse_jobs(reply: Any) -> list[str]:
+        return [f"{text(e['type'])} {text(e['id'])}" for e in mappings(reply) if text(e["status"]) not in ENDED_JOBS]
+
+    def parse_block_jobs(reply: Any) -> list[str]:
+        return [
+            f"{text(e['type'])} {text(e['device'])}" for e in mappings(reply) if e.get("status") not in ENDED_JOBS
+        ]
+
+    found = answers.read("query-jobs", parse_jobs, []) + answers.read("query-block-jobs", parse_block_jobs, [])
+    return tuple(dict.fromkeys(found))
+
+
+# -- displays
+
+
+def vnc_servers(answers: Answers, table: Collection[Endpoint]) -> tuple[VncServer, ...]:
+    """VNC displays with the descriptors that listen for them. A QEMU built without VNC has none."""
+    try:
+        return answers.read("query-vnc-servers", lambda reply: parse_vnc(reply, table), ())
+    except CommandFailed:
+        return ()
+
+
+def parse_vnc(reply: Any, table: Collection[Endpoint] = ()) -> tuple[VncServer, ...]:
+    return tuple(_vnc(entry, table) for entry in mappings(reply))
+
+
+def _vnc(entry: dict[str, Any], table: Collection[Endpoint]) -> VncServer:
+    listeners: list[tuple[str, str, str, int | None]] = []
+    websocket = False
+    for server in mappings(entry.get("server", [])):
+        family, host, service = text(server["family"]), text(server["host"]), text(server["service"])
+        websocket = websocket or flag(server.get("websocket", False))
+        if family == "unix":
+            host, service = host or service, ""  # QEMU gives the path as the service (ui/vnc.c vnc_init_basic_info)
+            endpoint = sockets.unix_listener(table, host)
+        else:
+            endpoint = sockets.tcp_listener(table, host, int(service)) if service.isdigit() else None
+        listeners.append((family, host, service, endpoint.number if endpoint else None))
+    return VncServer(
+        id=text(entry["id"]),
+        auth=text(entry["auth"]),
+        listeners=tuple(listeners),
+        websocket=websocket,
+        clients=len(list(mappings(entry.get("clients", [])))),
+    )
+
+
+def spice(answers: Answers) -> tuple[bool, frozenset[int]]:
+    """Whether SPICE is on, and its ports."""
+
+    def parse(reply: Any) -> tuple[bool, frozenset[int]]:
+        ports = {reply[key] for key in ("port", "tls-port") if isinstance(mapping(reply).get(key), int)}
+        return flag(reply["enabled"]), frozenset(ports)
+
+    try:
+        return answers.read("query-spice", parse, (False, frozenset()))
+    except CommandFailed:
+        return False, frozenset()
+
+
+# -- at a moment, between two steps of an update
+
+
+def block_chains(monitor: Monitor) -> tuple[BlockChain, ...]:
+    """Device -> node -> files now."""
+    reply = monitor.execute("query-block")
+    try:
+        return block.parse_chains(reply)
+    except NONSENSE:
+        raise MonitorError(monitor.address, "answers nonsense to query-block") from None
+
+
+def running_jobs(monitor: Monitor) -> tuple[str, ...]:
+    """Jobs that are not through now."""
+    return jobs(Answers(monitor))
+
+
+def connected_clients(pid: int, chardevs: Collection[Chardev]) -> tuple[Chardev, ...]:
+    """`chardevs` with the clients that are connected to their listeners now; only /proc is read.
+
+    Raises:
+        ProcessLookupError: the process is gone.
+    """
+    table = sockets.endpoints(pid, socket_descriptors(pid))
+    by_number = {e.number: e for e in table}
+    found = []
+    for chardev in chardevs:
+        if chardev.backend == "socket" and chardev.server and chardev.listener in by_number:
+            clients = sockets.clients_of(table, by_number[chardev.listener])
+            client = clients[0].number if len(clients) == 1 else None
+            chardev = replace(chardev, client=client, connected=bool(clients))
+        found.append(chardev)
+    return tuple(found)
+
+
+def socket_descriptors(pid: int) -> list[tuple[int, int]]:
+    """(number, inode) of the sockets of a process.
+
+    Raises:
+        ProcessLookupError: it is gone.
+    """
+    try:
+        return list(_socket_descriptors(f"/proc/{pid}/fd"))
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+
+
+def _socket_descriptors(directory: str) -> Iterator[tuple[int, int]]:
+    for name in os.listdir(directory):
+        try:
+            target = os.readlink(f"{directory}/{name}")
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        if target.startswith("socket:["):
+            yield int(name), int(target[8:-1])
+
+
+def listen_address(listener: Fd, label: str) -> MonitorAddress:
+    """Where a listening socket of ours is bound: by a UNIX path, an abstract name (`@name`), or host and port."""
+    with socket.socket(fileno=os.dup(listener.number)) as sock:
+        name = sock.getsockname()
+    if isinstance(name, bytes):
+        return MonitorAddress(label=label, path="@" + os.fsdecode(name[1:]))
+    if isinstance(name, str):
+        return MonitorAddress(label=label, path=name)
+    host, port = name[0], name[1]
+    return MonitorAddress(label=label, host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port=port)  # noqa: S104
