@@ -1,6 +1,6 @@
 """A tap device between this machine and a guest, and users of the guest who notice an interruption.
 
-Needs root, /dev/net/tun and `ip` of iproute2.  Devices are called after the process that made them, so that
+Needs root and /dev/net/tun.  Devices are called after the process that made them, so that
 what a killed test left behind is recognized and removed by the next.  Addresses are from 198.18.0.0/15, which
 RFC 2544 sets aside for tests.
 
@@ -41,8 +41,6 @@ def why_not() -> str | None:
     """Why no tap device can be made here, or None if one can."""
     if os.geteuid() != 0:
         return "needs root"
-    if not tools.find("ip"):
-        return "needs iproute2"
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
     except OSError as error:
@@ -108,7 +106,7 @@ class Tap:
 
     @staticmethod
     def _ip(*words: str) -> None:
-        debian.run([tools.find("ip") or "ip", *words])
+        debian.run([*tools.command("ip"), *words])
 
 
 def remove_leftovers() -> None:
@@ -116,7 +114,7 @@ def remove_leftovers() -> None:
     for name in os.listdir("/sys/class/net"):
         match = re.fullmatch(r"cpr(\d+)-\d+", name)
         if match and not Path("/proc", match[1]).exists():
-            debian.run([tools.find("ip") or "ip", "link", "delete", name])
+            debian.run([*tools.command("ip"), "link", "delete", name])
 
 
 class Watcher:

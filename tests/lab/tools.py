@@ -10,9 +10,9 @@ from pathlib import Path
 from tests.lab import cache, debian
 
 # What must be installed on the machine for all of the lab, and a program by which each is recognized.
-HOST_PACKAGES = (("apt", "apt-get"), ("dpkg", "dpkg-deb"), ("iproute2", "ip"))
+HOST_PACKAGES = (("apt", "apt-get"), ("dpkg", "dpkg-deb"))
 
-PACKAGE_OF = {"patchelf": "patchelf", "as": "binutils", "ld": "binutils"}
+PACKAGE_OF = {"as": "binutils", "ip": "iproute2", "ld": "binutils", "patchelf": "patchelf"}
 
 
 def missing_packages() -> tuple[str, ...]:
