@@ -53,11 +53,23 @@ def chardev_not_movable(guest: Guest) -> Iterator[Finding]:
 
 
 def _why_not_movable(chardev: Chardev) -> str:
+    if chardev.backend == "socket":
+        return _why_not_socket(chardev)
     if chardev.backend in _WHY_NOT:
         return _WHY_NOT[chardev.backend]
-    if not chardev.movable:
-        return f"no descriptor of the process is it ({chardev.filename})"
     return "" if chardev.backend in MOVABLE_CHARDEVS else "cpr does not know how"
+
+
+def _why_not_socket(chardev: Chardev) -> str:
+    if chardev.plain and not chardev.movable:
+        return "it is multiplexed (mux=on), and who has the focus is known inside QEMU only"
+    if chardev.server:
+        return "" if chardev.listener is not None else "no descriptor of the process is its listener"
+    if chardev.reconnect or not chardev.plain:
+        return ""
+    if not chardev.connected:
+        return "it is disconnected for good, but the new QEMU would dial again, and not start if nobody answers"
+    return "" if chardev.client is not None else "no descriptor of the process is its connection"
 
 
 @check("chardev-framing", "A connection whose framing lives inside QEMU")
@@ -77,17 +89,26 @@ def chardev_framing(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("monitor-client", "A client is connected to another monitor")
+@check("monitor-client", "A client of a monitor will be disconnected")
 def monitor_client(guest: Guest) -> Iterator[Finding]:
     """What was negotiated with it (and half a command, perhaps) ends with the old QEMU."""
     ours = guest.monitor.label if guest.monitor else ""
     for chardev in guest.chardevs:
-        if chardev.monitor and chardev.connected and chardev.label != ours and chardev.backend == "socket":
+        if not chardev.monitor or chardev.backend != "socket":
+            continue
+        if chardev.connected and chardev.label != ours:
             yield blocker(
                 chardev.label,
                 f"a client is connected to the monitor {chardev.label} and will be disconnected: a monitor's session "
-                "cannot be handed on, and a command of its own in the middle of the update would do harm",
+                "cannot be handed on",
                 "end that session, or --ignore monitor-client if it copes with a hang-up",
+            )
+        if chardev.queued:
+            yield blocker(
+                chardev.label,
+                f"{chardev.queued} client(s) wait in the queue of the monitor {chardev.label} and will be turned away: "
+                "nobody else may talk to the new QEMU before it has the guest",
+                "end those clients, or --ignore monitor-client if they try again",
             )
 
 

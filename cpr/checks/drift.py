@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cpr.model import BlockChain, Device, Finding, Guest, Rehearsal
     from cpr.qemu.cmdline import CommandLine, Params
+    from cpr.qemu.cmdline.facts import Drive
 
 UNPLUG = "unplug it (device_del), or start the guest with it on the command line the next time"
 PLUG = "plug it in again the same way, or start the guest without it the next time"
@@ -205,19 +206,20 @@ def _local(name: str) -> bool:
 
 def _temporary(chain: BlockChain, command: CommandLine) -> bool:
     """Of a drive with snapshot=on, which `snapshot-mode` has named."""
-    return any(d.snapshot and chain.drive == (d.id or "") for d in drives(command)) or any(
-        d.snapshot and d.file and _plain(d.file) in chain.files for d in drives(command)
+    return any(
+        d.snapshot and ((d.id and d.id == chain.drive) or (d.file and _plain(d.file) in chain.files))
+        for d in drives(command)
     )
 
 
 @check("throttle-set", "I/O limits that were set since the start")
 def throttle_set(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """block_set_io_throttle is not on the command line."""
-    wanted = {d.id: _limits(d.params) for d in drives(command) if d.id}
     for chain in guest.chains:
         now = {name: value for name, value in chain.throttle if value and not name.endswith("_length")}
         now.pop("iops_size", None)
-        there = wanted.get(chain.drive, {})
+        drive = _drive_of(chain, guest, command)
+        there = _limits(drive.params) if drive else {}
         if now != there:
             yield blocker(
                 chain.device,
@@ -225,6 +227,14 @@ def throttle_set(guest: Guest, command: CommandLine) -> Iterator[Finding]:
                 "would have those of the command line",
                 "--ignore throttle-set, and set them again after the update (block_set_io_throttle)",
             )
+
+
+def _drive_of(chain: BlockChain, guest: Guest, command: CommandLine) -> Drive | None:
+    """The drive of argv that a chain is: by its id, else by its file (QEMU makes names up: `virtio0`)."""
+    known = drives(command)
+    by_id = next((d for d in known if d.id and d.id == chain.drive), None)
+    files = {absolute(_plain(f), guest.cwd) for f in chain.files[:1]}
+    return by_id or next((d for d in known if d.file and absolute(_plain(d.file), guest.cwd) in files), None)
 
 
 _SPELLINGS = {

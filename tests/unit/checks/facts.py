@@ -1,0 +1,81 @@
+"""What the checks are asked about: a guest, host, target and rehearsal that nothing speaks against, and changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cpr.checks import run_checks
+from cpr.model import Chardev, Device, Finding, Guest, Host, MonitorAddress, Netdev, Rehearsal, Target, VncServer
+from tests.unit import values
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+ARGV = ("/usr/bin/qemu-system-x86_64", "-machine", "q35,memory-backend=ram0", "-object")
+ARGV += ("memory-backend-file,id=ram0,size=1G,mem-path=/proc/self/fd/20,share=on", "-display", "none")
+
+
+def guest(*more: str, **changes: Any) -> Guest:
+    """A guest whose command line has `more` at its end."""
+    return replace(values.guest(), **{"argv": (*ARGV, *more), **changes})
+
+
+def host(**changes: Any) -> Host:
+    known: dict[str, Any] = {
+        "boot_id": "b",
+        "uid": 0,
+        "capabilities": ("CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_SETUID", "CAP_SETGID"),
+        "limits": {"RLIMIT_NOFILE": (1024, 4096)},
+        "run_directory": "/run/cpr",
+        "run_directory_free": GIB,
+        "run_directory_inodes": 10000,
+        "memory_available": 8 * GIB,
+        "architecture": "x86_64",
+    }
+    return Host(**{**known, **changes})
+
+
+def target(**changes: Any) -> Target:
+    made = replace(values.target(), **changes)
+    return made if "binary" in changes else replace(made, binary=replace(made.binary, inode=200))
+
+
+def rehearsal(**changes: Any) -> Rehearsal:
+    known: dict[str, Any] = {"started": True, "words": "", "seconds": 0.2, "accelerator": "tcg"}
+    return Rehearsal(**{**known, **changes})
+
+
+def chardev(label: str = "serial0", **changes: Any) -> Chardev:
+    known: dict[str, Any] = {
+        "label": label,
+        "backend": "socket",
+        "filename": f"disconnected:unix:/run/{label},server=on",
+        "frontend_open": True,
+        "server": True,
+        "listener": 10,
+    }
+    return Chardev(**{**known, **changes})
+
+
+def netdev(kind: str = "tap", **changes: Any) -> Netdev:
+    return Netdev(**{"id": "net0", "type": kind, "ifname": "tap0", "fds": (30,), **changes})
+
+
+def device(kind: str, id: str = "dev0", *, anonymous: bool = False) -> Device:
+    return Device(id=id, type=kind, anonymous=anonymous)
+
+
+def vnc(**changes: Any) -> VncServer:
+    known: dict[str, Any] = {"id": "default", "auth": "none", "listeners": (), "websocket": False, "clients": 0}
+    return VncServer(**{**known, **changes})
+
+
+def monitor() -> MonitorAddress:
+    return MonitorAddress(label="mon0", path="/run/web1.qmp")
+
+
+def said(check: str, *, of: Guest, **facts: Any) -> list[Finding]:
+    """What one check says, the other facts being as they should be."""
+    known: dict[str, Any] = {"host": host(), "target": target(), "rehearsal": rehearsal(), **facts}
+    return [f for f in run_checks(of, known["host"], known["target"], known["rehearsal"]) if f.check == check]

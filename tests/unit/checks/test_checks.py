@@ -1,0 +1,361 @@
+"""Every check: a guest of which it speaks, and one of which it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from cpr.checks import REGISTRY
+from cpr.model import Backing, BlockChain, BlockNode, Guest, OpenFile, Severity, Supervisor, Vcpu
+from cpr.qemu.options import OptionKnowledge
+from tests.unit import values
+from tests.unit.checks.facts import GIB, MIB, chardev, device, guest, host, netdev, rehearsal, said, target, vnc
+
+B, W, N = Severity.BLOCKER, Severity.WARNING, Severity.NOTE
+
+
+@dataclass(frozen=True)
+class Case:
+    """A guest, and what `check` says of it: (severity, subject) of each finding."""
+
+    check: str
+    what: str
+    guest: Guest
+    expected: list[tuple[Severity, str]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def ram(id: str = "ram0", **changes: Any) -> Any:
+    return replace(values.ram(id), **changes)
+
+
+def chain(file: str = "/vm/disk.qcow2", *more: str, **changes: Any) -> BlockChain:
+    known: dict[str, Any] = {"device": "vd0", "node": "n0", "files": (file, *more) if file else (), "read_only": False}
+    return BlockChain(**{**known, "drive": "d0", **changes})
+
+
+def open_file(number: int, kind: str, target: str = "", owner: str = "") -> OpenFile:
+    return OpenFile(number=number, target=target, kind=kind, owner=owner)
+
+
+def knows(*gone: str) -> OptionKnowledge:
+    """A binary that knows every option of our guests but `gone`."""
+    from cpr.qemu.cmdline.table import SPECS
+
+    return OptionKnowledge(frozenset(SPECS) - set(gone), {})
+
+
+DRIVE = ("-drive", "file=/vm/disk.qcow2,if=none,id=d0", "-device", "virtio-blk-pci,drive=d0,id=vd0")
+VD0 = (device("virtio-blk-pci", "vd0"),)
+SEEN = rehearsal(devices=VD0)
+
+MEMORY = [
+    Case("ram-volatile", "shared memfd", guest()),
+    Case("ram-volatile", "shared file on a disk", guest(ram=(ram(backing=Backing.DISK_FILE),))),
+    Case("ram-volatile", "private", guest(ram=(ram(shared=False),)), [(B, "ram0")]),
+    Case("ram-volatile", "anonymous", guest(ram=(ram(backing=Backing.ANONYMOUS, fd=None),)), [(B, "ram0")]),
+    Case("ram-volatile", "memory-backend-ram,share=on",
+         guest(ram=(ram(backing=Backing.ANONYMOUS, qom_type="memory-backend-ram", fd=None),)), [(B, "ram0")]),
+    Case("ram-volatile", "confidential", guest(ram=(ram(backing=Backing.GUEST_MEMFD),)), [(B, "ram0")]),
+    Case("ram-volatile", "not to be told", guest(ram=(ram(backing=Backing.UNKNOWN),)), [(B, "ram0")]),
+    Case("ram-volatile", "each block at fault", guest(ram=(ram("a", shared=False), ram("b"), ram("c", shared=False))),
+         [(B, "a"), (B, "c")]),
+    Case("ram-not-skipped", "named file, new", guest(binary=values.binary("10.0.13"))),
+    Case("ram-not-skipped", "memfd before 8.1", guest(ram=(ram(named_file=False),), binary=values.binary("8.0.9"))),
+    Case("ram-not-skipped", "memfd in 8.1", guest(ram=(ram(named_file=False),), binary=values.binary("8.1.0")),
+         [(B, "ram0")]),
+    Case("ram-not-skipped", "memfd in 10.0", guest(ram=(ram(named_file=False),), binary=values.binary("10.0.13")),
+         [(B, "ram0")]),
+    Case("ram-not-skipped", "version unknown",
+         guest(ram=(ram(named_file=False),), binary=replace(values.binary(), version=None)), [(B, "ram0")]),
+    Case("ram-not-skipped", "volatile anyway",
+         guest(ram=(ram(named_file=False, shared=False),), binary=values.binary("10.0.13"))),
+    Case("ram-fd-missing", "no descriptor", guest(ram=(ram(fd=None),)), [(B, "ram0")]),
+    Case("ram-fd-missing", "there", guest()),
+    Case("ram-discarded-at-exit", "switched off", guest(ram=(ram(discard_data=True),)), [(N, "ram0")]),
+    Case("ram-discarded-at-exit", "out of reach", guest(ram=(ram(discard_data=True, qom_path=""),)), [(B, "ram0")]),
+    Case("ram-discarded-at-exit", "off", guest()),
+    Case("writes-ram-at-start", "data", guest("-device", "loader,addr=0x1000,data=1,data-len=4,id=l0"), [(B, "l0")]),
+    Case("writes-ram-at-start", "file", guest("-device", "loader,file=/x"), [(B, "loader file=/x")]),
+    Case("writes-ram-at-start", "sets a CPU only", guest("-device", "loader,addr=0x1000,cpu-num=0")),
+    Case("writes-ram-at-start", "seen in the rehearsal", guest(), [(B, "ram0")],
+         {"rehearsal": rehearsal(written=(("ram0", 4096),))}),
+    Case("writes-ram-at-start", "not rehearsed", guest(), [], {"rehearsal": None}),
+    Case("drift-memory", "hot-plugged", guest(ram=(ram(), ram("dimm1", in_argv=False))), [(B, "dimm1")]),
+    Case("drift-memory", "none", guest()),
+]  # fmt: skip
+
+MIGRATION = [
+    Case("no-monitor", "none", guest(monitor=None), [(B, "monitor")]),
+    Case("no-monitor", "there", guest()),
+    Case("monitor-held", "by another",
+         guest(monitor=None, chardevs=(chardev("mon0", monitor="control", connected=True),)), [(B, "mon0")]),
+    Case("monitor-held", "by us", guest(chardevs=(chardev("mon0", monitor="control", connected=True),))),
+    Case("not-migratable", "9p", guest(blocked_reasons=("Migration is disabled when VirtFS export path is mounted",)),
+         [(B, "migration")]),
+    Case("not-migratable", "fine", guest()),
+    Case("stream-cannot-skip", "old QEMU", guest(capabilities=(("events", False),)), [(B, "running QEMU")]),
+    Case("stream-cannot-skip", "new QEMU", guest(), [(B, "new QEMU")],
+         {"target": target(capabilities=frozenset({"events"}))}),
+    Case("stream-cannot-skip", "both can", guest()),
+    Case("busy-migration", "active", guest(migration="active"), [(B, "migration")]),
+    Case("busy-migration", "postcopy", guest(migration="postcopy-paused"), [(B, "migration")]),
+    *(Case("busy-migration", f"over: {s!r}", guest(migration=s)) for s in ("", "none", "completed", "failed")),
+    Case("busy-job", "backup", guest(jobs=("backup j0",)), [(B, "backup j0")]),
+    Case("busy-job", "none", guest()),
+    *(Case("guest-state", s, guest(runstate=s)) for s in ("running", "paused")),
+    *(Case("guest-state", s, guest(runstate=s), [(B, s)])
+      for s in ("io-error", "internal-error", "guest-panicked", "shutdown", "prelaunch", "suspended", "inmigrate",
+                "postmigrate", "finish-migrate", "watchdog", "save-vm", "restore-vm", "debug", "colo", "preconfig",
+                "a-state-of-the-future")),
+    Case("capability-left-on", "on", guest(capabilities=(("x-ignore-shared", True),)), [(W, "x-ignore-shared")]),
+    Case("capability-left-on", "off", guest()),
+]  # fmt: skip
+
+PROCESS = [
+    *(Case("supervised", kind, guest(supervisors=(Supervisor(kind=kind, who="w"),)), [(B, f"{kind} w")])
+      for kind in ("systemd", "libvirt", "container", "parent", "something")),
+    Case("supervised", "nobody", guest()),
+    Case("privileges", "root", guest(uid=107)),
+    Case("privileges", "the owner", guest(uid=107), [], {"host": host(uid=107, capabilities=())}),
+    Case("privileges", "a stranger", guest(uid=107), [(B, "uid 1000"), (B, "uid 1000")],
+         {"host": host(uid=1000, capabilities=())}),
+    Case("privileges", "a stranger who may trace", guest(uid=107), [(B, "uid 1000")],
+         {"host": host(uid=1000, capabilities=("CAP_SYS_PTRACE",))}),
+    Case("privileges", "something was hidden", guest(unreadable=("/proc/4242/fd",)), [(B, "/proc/4242/fd")]),
+    Case("limits", "above ours", guest(limits={"RLIMIT_MEMLOCK": (8, 16)}), [(B, "RLIMIT_MEMLOCK")],
+         {"host": host(capabilities=(), limits={"RLIMIT_MEMLOCK": (8, 8)})}),
+    Case("limits", "unlimited", guest(limits={"RLIMIT_MEMLOCK": (8, -1)}), [(B, "RLIMIT_MEMLOCK")],
+         {"host": host(capabilities=(), limits={"RLIMIT_MEMLOCK": (8, 8)})}),
+    Case("limits", "ours are unlimited", guest(limits={"RLIMIT_MEMLOCK": (8, -1)}), [],
+         {"host": host(capabilities=(), limits={"RLIMIT_MEMLOCK": (-1, -1)})}),
+    Case("limits", "we may raise them", guest(limits={"RLIMIT_MEMLOCK": (8, -1)}), [],
+         {"host": host(limits={"RLIMIT_MEMLOCK": (8, 8)})}),
+    Case("command-line", "unknown option", guest("-frobnicate"), [(B, "command line")]),
+    Case("command-line", "configuration gone", guest("-readconfig", "/etc/vm.cfg"), [(B, "command line")]),
+    Case("command-line", "configuration there",
+         guest("-readconfig", "/etc/vm.cfg", config_files=(("/etc/vm.cfg", '[memory]\n  size = "1G"\n'),))),
+    Case("command-line", "fine", guest()),
+    Case("chroot", "-chroot", guest("-chroot", "/var/empty"), [(B, "/var/empty")]),
+    Case("chroot", "-run-with", guest("-run-with", "chroot=/var/empty"), [(B, "/var/empty")]),
+    Case("chroot", "none", guest()),
+    Case("file-gone", "firmware", guest(gone_files=("/usr/share/OVMF.fd",)), [(B, "/usr/share/OVMF.fd")]),
+    Case("file-gone", "none", guest()),
+    Case("config-changed", "edited", guest(changed_files=("/etc/vm.cfg",)), [(B, "/etc/vm.cfg")]),
+    Case("config-changed", "as it was", guest()),
+    Case("loadvm", "-loadvm", guest("-loadvm", "s1"), [(N, "s1")]),
+    Case("loadvm", "none", guest()),
+    Case("added-options", "of an earlier update", guest(added_options=("-d", "trace")), [(N, "-d, trace")]),
+    Case("added-options", "none", guest()),
+]  # fmt: skip
+
+DRIFT = [
+    Case("drift-device", "as on the command line", guest(*DRIVE, devices=VD0), [], {"rehearsal": SEEN}),
+    Case("drift-device", "plugged in", guest(*DRIVE, devices=(*VD0, device("e1000", "n1"))), [(B, "n1")],
+         {"rehearsal": SEEN}),
+    Case("drift-device", "unplugged", guest(*DRIVE), [(B, "vd0")], {"rehearsal": SEEN}),
+    Case("drift-device", "unplugged, not rehearsed", guest(*DRIVE), [(B, "vd0")], {"rehearsal": None}),
+    Case("drift-device", "plugged in, not rehearsed", guest(devices=VD0), [(B, "vd0")], {"rehearsal": None}),
+    Case("drift-device", "without an id, by number", guest(devices=(device("e1000", "device[0]", anonymous=True),)),
+         [(B, "e1000")]),
+    Case("drift-device", "without an id, the same",
+         guest(devices=(device("e1000", "device[1]", anonymous=True),)), [],
+         {"rehearsal": rehearsal(devices=(device("e1000", "device[0]", anonymous=True),))}),
+    Case("drift-device", "a CPU is not its matter", guest(devices=(device("qemu64-x86_64-cpu", "cpu1"),))),
+    Case("drift-cpu", "as -smp says",
+         guest("-smp", "2", vcpus=(Vcpu(index=0, thread_id=1), Vcpu(index=1, thread_id=2)))),
+    Case("drift-cpu", "plugged in", guest("-smp", "1,maxcpus=2",
+         vcpus=(Vcpu(index=0, thread_id=1), Vcpu(index=1, thread_id=2))), [(B, "cpu")]),
+    Case("drift-cpu", "topology alone", guest("-smp", "sockets=1,cores=2", vcpus=(Vcpu(index=0, thread_id=1),)),
+         [(B, "cpu")]),
+    Case("drift-cpu", "-device", guest("-smp", "1,maxcpus=2", "-device", "qemu64-x86_64-cpu,id=c1,core-id=1",
+         vcpus=(Vcpu(index=0, thread_id=1), Vcpu(index=1, thread_id=2)))),
+    Case("drift-cpu", "none said", guest(vcpus=(Vcpu(index=0, thread_id=1),))),
+    Case("drift-object", "made later", guest(iothreads=(("io1", 5),)), [(B, "io1")]),
+    Case("drift-object", "in argv", guest("-object", "iothread,id=io1", iothreads=(("io1", 5),))),
+    Case("drift-chardev", "made later", guest(chardevs=(chardev("c9", in_argv=False),)), [(B, "c9")]),
+    Case("drift-chardev", "made by the rehearsed start too", guest(chardevs=(chardev("c9", in_argv=False),)), [],
+         {"rehearsal": rehearsal(chardevs=("c9",))}),
+    Case("drift-chardev", "in argv", guest(chardevs=(chardev(),))),
+    Case("drift-netdev", "made later", guest(netdevs=(netdev(in_argv=False),)), [(B, "net0")]),
+    Case("drift-netdev", "in argv", guest(netdevs=(netdev(),))),
+    Case("snapshot-mode", "-snapshot", guest("-snapshot"), [(B, "-snapshot")]),
+    Case("snapshot-mode", "snapshot=on", guest("-drive", "file=/a,id=d0,snapshot=on"), [(B, "d0")]),
+    Case("snapshot-mode", "none", guest(*DRIVE)),
+    Case("drift-chain", "as argv says", guest(*DRIVE, chains=(chain(),))),
+    Case("drift-chain", "a backing file is no drift", guest(*DRIVE, chains=(chain("/vm/disk.qcow2", "/vm/base.img"),))),
+    Case("drift-chain", "a relative name", guest("-hda", "disk.img", cwd="/vm", chains=(chain("disk.img"),))),
+    Case("drift-chain", "a snapshot", guest(*DRIVE, chains=(chain("/vm/overlay.qcow2", "/vm/disk.qcow2"),)),
+         [(B, "vd0")]),
+    Case("drift-chain", "another medium", guest("-cdrom", "/iso/a.iso", chains=(chain("/iso/b.iso", device="cd0"),)),
+         [(B, "cd0"), (B, "/iso/a.iso")]),
+    Case("drift-chain", "ejected", guest("-cdrom", "/iso/a.iso", chains=(chain("", device="cd0"),)),
+         [(B, "/iso/a.iso")]),
+    Case("drift-chain", "-blockdev", guest("-blockdev", '{"driver":"file","filename":"/vm/a","node-name":"f0"}',
+         chains=(chain("/vm/a"),))),
+    Case("drift-chain", "a node that no device has", guest("-blockdev", "file,filename=/vm/a,node-name=f0",
+         nodes=(BlockNode(name="f0", driver="file", filename="/vm/a", size=1, read_only=True),))),
+    Case("drift-chain", "a network name is spelt otherwise", guest("-drive", "file=nbd:localhost:10809,id=d0",
+         chains=(chain("nbd://localhost:10809"),))),
+    Case("drift-chain", "a descriptor", guest("-drive", "file=/dev/fdset/1,id=d0", chains=(chain("/dev/fdset/1"),))),
+    Case("drift-chain", "snapshot=on says so itself",
+         guest("-drive", "file=/vm/a,id=d0,snapshot=on", chains=(chain("/var/tmp/vl.x", "/vm/a"),))),
+    Case("throttle-set", "over QMP", guest(*DRIVE, chains=(chain(throttle=(("iops", 100),)),)), [(B, "vd0")]),
+    Case("throttle-set", "in argv", guest("-drive", "file=/a,id=d0,throttling.iops-total=100,bps_rd=1M",
+         chains=(chain("/a", throttle=(("iops", 100), ("bps_rd", MIB), ("iops_max_length", 1))),))),
+    Case("throttle-set", "taken away", guest("-drive", "file=/a,id=d0,iops=100", chains=(chain("/a"),)), [(B, "vd0")]),
+    Case("throttle-set", "a drive without an id", guest("-drive", "file=/a,if=virtio,iops=100",
+         chains=(chain("/a", drive="virtio0", throttle=(("iops", 100),)),))),
+]  # fmt: skip
+
+BINARY = [
+    Case("binary-same", "the same file", guest(binary=replace(values.binary(), inode=200)),
+         [(N, "/opt/qemu/bin/qemu-system-x86_64")]),
+    Case("binary-same", "another", guest()),
+    Case("machine-unknown", "gone", guest(machine="pc-i440fx-2.1"), [(B, "pc-i440fx-2.1")]),
+    Case("machine-unknown", "there", guest()),
+    Case("device-unknown", "a module is missing", guest(*DRIVE, devices=VD0), [(B, "vd0")],
+         {"target": target(device_types=frozenset({"e1000"})), "rehearsal": SEEN}),
+    Case("device-unknown", "there", guest(*DRIVE, devices=VD0), [],
+         {"target": target(device_types=frozenset({"virtio-blk-pci"})), "rehearsal": SEEN}),
+    Case("options-removed", "gone", guest("-sandbox", "on"), [(B, "-sandbox")],
+         {"target": target(options=knows("sandbox"))}),
+    Case("options-removed", "translated", guest("-no-hpet"), [(N, "command line")],
+         {"target": target(options=knows("no-hpet"))}),
+    Case("options-removed", "known", guest("-no-reboot"), [], {"target": target(options=knows())}),
+    Case("start-refused", "in its own words", guest(), [(B, "rehearsal")],
+         {"rehearsal": rehearsal(started=False, words="no such device")}),
+    Case("start-refused", "started", guest()),
+    Case("cpu-differs", "a feature", guest(), [(W, "cpu")], {"rehearsal": rehearsal(cpu_differences=("-avx2",))}),
+    Case("cpu-differs", "none", guest()),
+    Case("accelerator-changes", "KVM is not to be had", guest(accelerator="kvm"), [(B, "tcg")]),
+    Case("accelerator-changes", "not rehearsed", guest("-accel", "kvm", "-accel", "tcg", accelerator="kvm"),
+         [(W, "kvm tcg")], {"rehearsal": None}),
+    Case("accelerator-changes", "the same", guest()),
+]  # fmt: skip
+
+NULL_STDIN = open_file(0, "device", "/dev/null", "stdio")
+
+DEVICES = [
+    Case("chardev-not-movable", "a listening socket", guest(chardevs=(chardev(),))),
+    Case("chardev-not-movable", "a file", guest(chardevs=(chardev(backend="file", server=False, movable=False),))),
+    *(Case("chardev-not-movable", kind,
+           guest(chardevs=(chardev(backend=kind, server=False, listener=None, movable=False),)), [(B, "serial0")])
+      for kind in ("pty", "stdio", "pipe", "serial", "parallel", "spicevmc", "spiceport", "udp", "braille", "dbus",
+                   "qemu-vdagent", "something")),
+    Case("chardev-not-movable", "stdio from /dev/null",
+         guest(chardevs=(chardev(backend="stdio", server=False, movable=False),), open_files=(NULL_STDIN,))),
+    Case("chardev-not-movable", "multiplexed", guest(chardevs=(chardev(movable=False),)), [(B, "serial0")]),
+    Case("chardev-not-movable", "its listener is not found", guest(chardevs=(chardev(listener=None),)),
+         [(B, "serial0")]),
+    Case("chardev-not-movable", "an outgoing connection",
+         guest(chardevs=(chardev(server=False, listener=None, client=11, connected=True),))),
+    Case("chardev-not-movable", "an outgoing connection that is not found",
+         guest(chardevs=(chardev(server=False, listener=None, connected=True),)), [(B, "serial0")]),
+    Case("chardev-not-movable", "an outgoing connection that was lost",
+         guest(chardevs=(chardev(server=False, listener=None),)), [(B, "serial0")]),
+    Case("chardev-not-movable", "one that comes again",
+         guest(chardevs=(chardev(server=False, listener=None, reconnect=True),))),
+    Case("chardev-framing", "telnet client", guest(chardevs=(chardev(plain=False, connected=True, movable=False),)),
+         [(W, "serial0")]),
+    Case("chardev-framing", "telnet, nobody there", guest(chardevs=(chardev(plain=False, movable=False),))),
+    Case("chardev-framing", "outgoing TLS", guest(chardevs=(chardev(plain=False, connected=True, server=False),)),
+         [(B, "serial0")]),
+    Case("chardev-framing", "outgoing TLS that comes again",
+         guest(chardevs=(chardev(plain=False, connected=True, server=False, reconnect=True),)), [(W, "serial0")]),
+    Case("monitor-client", "on another monitor",
+         guest(chardevs=(chardev("mon1", monitor="readline", connected=True),)), [(B, "mon1")]),
+    Case("monitor-client", "on ours, that is us",
+         guest(chardevs=(chardev("mon0", monitor="control", connected=True),))),
+    Case("monitor-client", "behind us",
+         guest(chardevs=(chardev("mon0", monitor="control", connected=True, queued=1),)), [(B, "mon0")]),
+    Case("client-queued", "behind another", guest(chardevs=(chardev(connected=True, queued=2),)), [(B, "serial0")]),
+    Case("client-queued", "first in line", guest(chardevs=(chardev(queued=1),))),
+    Case("vnc-client", "one", guest(vnc=(vnc(clients=1),)), [(W, "default")]),
+    Case("vnc-client", "none", guest(vnc=(vnc(),))),
+    Case("vnc-password", "over QMP", guest("-vnc", ":1,password=on", vnc=(vnc(auth="vnc"),)), [(W, "default")]),
+    Case("vnc-password", "password-secret", guest("-vnc", ":1,password-secret=s0", vnc=(vnc(auth="vnc"),))),
+    Case("vnc-password", "none", guest("-vnc", ":1", vnc=(vnc(),))),
+    Case("vnc-websocket", "on", guest(vnc=(vnc(websocket=True),)), [(B, "default")]),
+    Case("vnc-websocket", "off", guest(vnc=(vnc(),))),
+    *(Case("display-local", kind, guest("-display", kind), [(B, kind)])
+      for kind in ("gtk", "sdl", "curses", "dbus", "egl-headless", "spice-app")),
+    Case("display-local", "none", guest()),
+    Case("spice", "on", guest(spice=True), [(B, "spice")]),
+    Case("spice", "off", guest()),
+    Case("listener-unknown", "an NBD server", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),)),
+         [(B, "fd 12")]),
+    Case("listener-unknown", "a chardev's", guest(open_files=(open_file(12, "listener", "x", "chardev:serial0"),))),
+    Case("listener-unknown", "a connection", guest(open_files=(open_file(12, "socket", "x"),))),
+    Case("listener-gap", "hostfwd", guest(netdevs=(netdev("user", hostfwd=("tcp::2222-:22",)),)), [(N, "net0")]),
+    Case("listener-gap", "gdb", guest("-s"), [(W, "tcp::1234")]),
+    Case("listener-gap", "none", guest()),
+    *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind, fds=()),)), [(B, "net0")])
+      for kind in ("vhost-user", "vhost-vdpa", "l2tpv3", "vde", "netmap", "socket", "stream", "dgram", "af-xdp")),
+    Case("netdev-unsupported", "a tap whose descriptor is not found", guest(netdevs=(netdev(fds=()),)), [(B, "net0")]),
+    *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind),))) for kind in ("tap", "bridge", "user")),
+    Case("slirp-connections", "user", guest(netdevs=(netdev("user"),)), [(W, "net0")]),
+    Case("slirp-connections", "tap", guest(netdevs=(netdev(),))),
+    *(Case(check, kind, guest(devices=(device(kind),)), [(B, "dev0")])
+      for check, kind in (("vfio", "vfio-pci"), ("vfio", "vfio-pci-nohotplug"), ("vhost-vsock", "vhost-vsock-pci"),
+                          ("vhost-user", "vhost-user-fs-pci"), ("vhost-user", "vhost-user-blk-pci"),
+                          ("device-exclusive", "vhost-vdpa-device-pci"), ("device-exclusive", "vhost-scsi-pci"),
+                          ("device-exclusive", "usb-host"), ("device-exclusive", "ivshmem-doorbell"))),
+    *(Case(check, "none of these", guest(devices=(device("virtio-net-pci"),)))
+      for check in ("vfio", "vhost-vsock", "vhost-user", "device-exclusive")),
+    Case("vfio", "by its descriptor", guest(open_files=(open_file(40, "vfio", "/dev/vfio/12"),)), [(B, "fd 40")]),
+    *(Case("tpm", kind, guest("-tpmdev", f"{kind},id=t0"), [(B, "t0")]) for kind in ("emulator", "passthrough")),
+    Case("tpm", "none", guest()),
+]  # fmt: skip
+
+HOST = [
+    Case("room-memory", "cgroup", guest(memory_room=100 * MIB), [(B, "memory.max")]),
+    Case("room-memory", "of a large QEMU", guest(memory_room=GIB, resident=4 * GIB), [(B, "memory.max")]),
+    Case("room-memory", "host", guest(), [(B, "host memory")], {"host": host(memory_available=MIB)}),
+    Case("room-memory", "enough", guest(memory_room=GIB)),
+    Case("room-pids", "few", guest(pids_room=5), [(B, "pids.max")]),
+    Case("room-pids", "enough", guest(pids_room=50)),
+    Case("room-disk", "full", guest(), [(B, "/run/cpr")], {"host": host(run_directory_free=0)}),
+    Case("room-disk", "no inodes", guest(), [(B, "/run/cpr")], {"host": host(run_directory_inodes=0)}),
+    Case("room-disk", "enough", guest()),
+    Case("room-fds", "of the new QEMU",
+         guest(limits={"RLIMIT_NOFILE": (20, 4096)}, open_files=tuple(open_file(n, "tap") for n in range(15))),
+         [(B, "RLIMIT_NOFILE")]),
+    Case("room-fds", "of cpr", guest(), [(B, "RLIMIT_NOFILE")], {"host": host(limits={"RLIMIT_NOFILE": (20, 20)})}),
+    Case("room-fds", "unlimited", guest(limits={"RLIMIT_NOFILE": (-1, -1)})),
+]  # fmt: skip
+
+CASES = [*MEMORY, *MIGRATION, *PROCESS, *DRIFT, *BINARY, *DEVICES, *HOST]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.check}: {c.what}")
+def test_check(case: Case) -> None:
+    found = said(case.check, of=case.guest, **case.facts)
+    assert [(f.severity, f.subject) for f in found] == case.expected
+    for finding in found:
+        assert finding.message
+        if finding.severity is B:
+            assert finding.hint, "a blocker has a way out"
+
+
+def test_every_check_speaks_once_and_is_silent_once() -> None:
+    speaking = {c.check for c in CASES if c.expected}
+    silent = {c.check for c in CASES if not c.expected}
+    assert speaking == set(REGISTRY)
+    assert silent == set(REGISTRY)
+
+
+def test_qemu_is_quoted() -> None:
+    [refused] = said("start-refused", of=guest(), rehearsal=rehearsal(started=False, words="no such device"))
+    [blocked] = said("not-migratable", of=guest(blocked_reasons=("a reason",)))
+    assert '"no such device"' in refused.message
+    assert '"a reason"' in blocked.message
+
+
+def test_supervised_blocks_handover_alone() -> None:
+    [finding] = said("supervised", of=guest(supervisors=(Supervisor(kind="systemd", who="vm.service"),)))
+    assert finding.engines == ("handover",)
+    assert not finding.ignorable
+    assert "vm.service" in finding.message
