@@ -7,7 +7,7 @@ a reply apart by `reply["key"]` and the helpers below.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cpr.errors import CommandFailed, MonitorError
 
@@ -33,10 +33,10 @@ class Answers:
     def knows(self, command: str) -> bool:
         return command in self.commands
 
-    def read(self, command: str, parse: Callable[[Any], T], default: T, /, **arguments: Any) -> T:
+    def read(self, command: str, parse: Callable[[Any], T], default: Any, /, **arguments: Any) -> T:
         """The parsed reply of `command`; `default` where this QEMU does not have it."""
         if command not in self.commands:
-            return default
+            return cast("T", default)
         reply = self.monitor.execute(command, **arguments)
         return self.sane(command, lambda: parse(reply))
 
@@ -48,12 +48,12 @@ class Answers:
             reason = f"answers nonsense to {command}: {type(error).__name__}: {str(error)[:120]}"
             raise MonitorError(self.monitor.address, reason, hint="is this socket really QEMU's?") from None
 
-    def qom_get(self, path: str, name: str, parse: Callable[[Any], T], default: T) -> T:
+    def qom_get(self, path: str, name: str, parse: Callable[[Any], T], default: Any) -> T:
         """A QOM property; `default` where the object or the property does not exist."""
         try:
             return self.read("qom-get", parse, default, path=path, property=name)
         except CommandFailed:
-            return default
+            return cast("T", default)
 
     def children(self, path: str) -> tuple[tuple[str, str], ...]:
         """(name, QOM type) of the children of an object; none where there is no such object."""

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 PERIPHERAL = "/machine/peripheral/"
 VIRTIO_BACKEND = "/virtio-backend"
-THROTTLING = tuple(
-    f"{what}{direction}{suffix}"
-    for what in ("bps", "iops")
-    for suffix in ("", "_max", "_max_length")
-    for direction in ("", "_rd", "_wr")
-) + ("iops_size",)
-"""Fields of BlockDeviceInfo (qapi/block-core.json); burst values are spelt bps_rd_max there."""
+THROTTLING = (
+    *("bps", "bps_rd", "bps_wr", "bps_max", "bps_rd_max", "bps_wr_max"),
+    *("bps_max_length", "bps_rd_max_length", "bps_wr_max_length"),
+    *("iops", "iops_rd", "iops_wr", "iops_max", "iops_rd_max", "iops_wr_max"),
+    *("iops_max_length", "iops_rd_max_length", "iops_wr_max_length", "iops_size"),
+)
+"""Fields of BlockDeviceInfo (qapi/block-core.json)."""
 
 
 def chains(answers: Answers) -> tuple[BlockChain, ...]:

@@ -225,3 +225,9 @@ def _outgoing(what: Described, argv: Given | None, table: Collection[Endpoint], 
 
 def _same_end(one: tuple[str, int], other: tuple[str, int]) -> bool:
     return one[1] == other[1] and sockets.plain_host(one[0]) == sockets.plain_host(other[0])
+
+
+def pty_numbers(found: Iterable[Chardev]) -> dict[int, str]:
+    """Chardev label by the number of its pty (`pty:/dev/pts/3`)."""
+    numbered = ((re.match(r"pty:/dev/pts/(\d+)$", c.filename), c.label) for c in found)
+    return {int(match[1]): label for match, label in numbered if match}

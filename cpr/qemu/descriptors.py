@@ -138,7 +138,8 @@ def _owner_of_socket(
     if endpoint.local[1] and endpoint.local[1] in spice_ports:
         return "spice"
     for listener in endpoints:
-        if listener.listening and sockets_key(listener) in served and endpoint in sockets.clients_of([endpoint], listener):
+        ours = listener.listening and sockets_key(listener) in served
+        if ours and sockets.clients_of([endpoint], listener):
             return known.get(listener.number, "")
     return ""
 

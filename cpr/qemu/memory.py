@@ -281,7 +281,7 @@ def _backing(
 
 
 def parse_mountinfo(printed: str) -> tuple[Mount, ...]:
-    """/proc/PID/mountinfo (proc(5)): id, parent, major:minor, root, mount point, options, ..., -, type, source, options."""
+    """/proc/PID/mountinfo (proc(5)): id, parent, device, root, mount point, options, ..., -, type, source, options."""
     found = []
     for line in printed.splitlines():
         before, dash, after = line.partition(" - ")

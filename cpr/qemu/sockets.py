@@ -129,11 +129,8 @@ def tcp_listener(table: Iterable[Endpoint], host: str, port: int) -> Endpoint | 
 def clients_of(table: Iterable[Endpoint], listener: Endpoint) -> tuple[Endpoint, ...]:
     """The accepted connections of a listener that are still open."""
     if listener.family == socket.AF_UNIX:
-        return tuple(
-            e
-            for e in table
-            if listener.path and e.family == socket.AF_UNIX and e.connected and not e.listening and e.path == listener.path
-        )
+        connected = [e for e in table if e.family == socket.AF_UNIX and e.connected and not e.listening]
+        return tuple(e for e in connected if listener.path and e.path == listener.path)
     return tuple(
         e
         for e in table

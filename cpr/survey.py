@@ -1,0 +1,332 @@
+"""Candidate -> Guest: every fact read once, from QMP and from /proc.
+
+The monitor is believed to be this process's only if the vCPU threads that it names are threads of the process. What a
+QEMU does not know is skipped; what it answers in the wrong shape is `MonitorError`; a process that vanishes is
+`GuestVanished`. Judging the facts is the checks' matter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from cpr import discover, supervisors
+from cpr import survey_files as files
+from cpr.errors import GuestVanished, MonitorError, MonitorHeld
+from cpr.linux import proc
+from cpr.linux.fds import descriptor_table
+from cpr.model import Binary, Candidate, Guest, MonitorAddress, RamBlock, Vcpu
+from cpr.qemu import block, chardevs, descriptors, devices, memory, network, qmp, sockets
+from cpr.qemu import cmdline as cl
+from cpr.qemu.answers import Answers, flag, mapping, mappings, number, text
+from cpr.survey_host import survey_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cpr.linux.fds import OpenDescriptor
+    from cpr.qemu.qmp import Monitor
+    from cpr.qemu.sockets import Endpoint
+
+T = TypeVar("T")
+
+__all__ = ["open_monitor", "survey", "survey_host"]
+
+HELD_SECONDS = 0.3
+"""How long a monitor that has a client already is given to become free."""
+NIL_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+def open_monitor(candidate: Candidate) -> Monitor:
+    """The first QMP socket that answers; those that have a client already are tried last.
+
+    Raises:
+        MonitorHeld: each is held by another client. MonitorError: there is none, or none speaks QMP; all are named.
+    """
+    pid = candidate.process.pid
+    if not candidate.monitors:
+        raise MonitorError(
+            f"of pid {pid}",
+            "no QMP socket that listens is on its command line",
+            hint="the guest needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off",
+        )
+    held = _held(candidate)
+    failures: list[MonitorError] = []
+    for address in sorted(candidate.monitors, key=lambda a: a in held):
+        timeout = HELD_SECONDS if address in held else qmp.GREETING_SECONDS
+        try:
+            return qmp.connect(address, pid, timeout=timeout)
+        except MonitorError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    kind = MonitorHeld if all(isinstance(f, MonitorHeld) for f in failures) else MonitorError
+    raise kind(
+        ", ".join(f.address for f in failures),
+        "; ".join(f"{f.address}: {f.reason}" for f in failures),
+        hint=failures[0].hint,
+    )
+
+
+def _held(candidate: Candidate) -> frozenset[MonitorAddress]:
+    """Addresses that have an accepted client now; a QEMU monitor serves one at a time."""
+    pid = candidate.process.pid
+    try:
+        table = sockets.endpoints(pid, devices.socket_descriptors(pid))
+    except OSError:
+        return frozenset()
+    return frozenset(a for a in candidate.monitors if (own := _listener(a, table)) and sockets.clients_of(table, own))
+
+
+def _listener(address: MonitorAddress, table: Sequence[Endpoint]) -> Endpoint | None:
+    if address.path:
+        return sockets.unix_listener(table, address.path)
+    return sockets.tcp_listener(table, address.host, address.port)
+
+
+def survey(candidate: Candidate, monitor: Monitor | None = None) -> Guest:
+    """Everything about one guest. Without `monitor` one is opened, and closed again.
+
+    Raises:
+        GuestVanished: the process ended meanwhile.
+        MonitorError, MonitorHeld: QEMU cannot be asked, answers nonsense, or is another process than the candidate.
+    """
+    pid = candidate.process.pid
+    try:
+        if monitor is not None:
+            return _Survey(candidate, monitor).guest()
+        with open_monitor(candidate) as own:
+            return _Survey(candidate, own).guest()
+    except ProcessLookupError:
+        raise GuestVanished(pid, "it was surveyed") from None
+    except MonitorError:
+        _same_process(candidate)
+        raise
+
+
+def _same_process(candidate: Candidate) -> None:
+    try:
+        there = proc.process_start_time(candidate.process.pid) == candidate.process.start_time
+        there = there and not proc.is_zombie(candidate.process.pid)
+    except ProcessLookupError:
+        there = False
+    if not there:
+        raise GuestVanished(candidate.process.pid, "it was surveyed") from None
+
+
+class _Survey:
+    """One survey at work; `guest()` is its result."""
+
+    def __init__(self, candidate: Candidate, monitor: Monitor) -> None:
+        self.candidate = candidate
+        self.pid = candidate.process.pid
+        self.monitor = monitor
+        self.unreadable: list[str] = []
+        self.command = discover.command_line(self.pid, candidate.argv, self.unreadable)
+
+    def readable(self, name: str, read: Callable[[], T], default: Any) -> T:
+        """What `read` gives, or `default` where it may not be read; that is noted."""
+        try:
+            return read()
+        except PermissionError:
+            self.unreadable.append(f"/proc/{self.pid}/{name}")
+            return cast("T", default)
+
+    def guest(self) -> Guest:
+        pid, candidate, command = self.pid, self.candidate, self.command
+        answers = Answers(self.monitor)
+        threads = self.readable("task", lambda: thread_ids(pid), {})
+        vcpus = self.vcpus(answers, threads)
+        status = proc.read_status(pid)
+        table: tuple[OpenDescriptor, ...] = self.readable("fd", lambda: descriptor_table(pid), ())
+        endpoints = sockets.endpoints(pid, [(d.number, d.inode) for d in table if d.target.startswith("socket:[")])
+        environ: tuple[tuple[str, str], ...] = self.readable("environ", lambda: proc.read_environ(pid), ())
+        cwd = self.readable("cwd", lambda: files.working_directory(pid), "")
+        ram = self.ram(answers, table)
+        plugged = devices.devices(answers)
+        nodes = block.nodes(answers)
+        serial = chardevs.chardevs(answers, command, endpoints, pid=pid)
+        vnc = devices.vnc_servers(answers, endpoints)
+        spice, spice_ports = devices.spice(answers)
+        netdevs = network.netdevs(answers, command, table)
+        usernet = network.parse_usernet(answers.human("info usernet")) if any(n.type == "user" for n in netdevs) else ()
+        fdsets = devices.fdsets(answers)
+        migration, reasons = answers.read("query-migrate", parse_migrate, ("", ()))
+        named = [*descriptors.node_names(nodes), *files.owned_files(command, dict(environ))]
+        guest = Guest(
+            process=candidate.process,
+            name=answers.read("query-name", lambda r: text(mapping(r).get("name", "")), "") or candidate.name,
+            uuid=answers.read("query-uuid", lambda r: text(r["UUID"]), "").replace(NIL_UUID, "") or candidate.uuid,
+            binary=self.binary(answers),
+            installed=installed(pid, candidate.binary),
+            argv=candidate.argv,
+            environ=environ,
+            cwd=cwd,
+            uid=status.uids[1],
+            machine=answers.qom_get("/machine", "type", text, "").removesuffix("-machine"),
+            accelerator=accelerator(answers),
+            runstate=answers.read("query-status", lambda r: text(r["status"]), ""),
+            monitor=next((a for a in candidate.monitors if str(a) == self.monitor.address), None),
+            ram=ram,
+            devices=plugged,
+            chains=block.chains(answers),
+            nodes=nodes,
+            chardevs=serial,
+            vnc=vnc,
+            spice=spice,
+            netdevs=netdevs,
+            vcpus=vcpus,
+            iothreads=tuple((name, threads.get(tid, tid)) for name, tid in devices.iothreads(answers)),
+            open_files=descriptors.open_files(
+                table,
+                endpoints,
+                descriptors.owners(ram, serial, vnc, netdevs, fdsets, usernet),
+                ram=ram,
+                files=descriptors.named_files(pid, cwd, named),
+                ptys=chardevs.pty_numbers(serial),
+                spice_ports=spice_ports,
+            ),
+            fdsets=fdsets,
+            capabilities=answers.read("query-migrate-capabilities", parse_capabilities, ()),
+            parameters=answers.read("query-migrate-parameters", mapping, {}),
+            migration=migration,
+            blocked_reasons=reasons,
+            jobs=devices.jobs(answers),
+            supervisors=supervisors.supervisors(supervisors.gather(pid, candidate.argv)),
+            namespaces=self.readable("ns", lambda: tuple((n, i) for n, (_, i) in proc.namespaces(pid).items()), ()),
+            cgroups=tuple(f"{','.join(entry.controllers)}:{entry.path}" for entry in proc.cgroups(pid)),
+            limits=proc.limits(pid),
+            memory_room=proc.memory_room(pid),
+            pids_room=proc.pids_room(pid),
+            resident=status.rss,
+            threads=status.threads,
+            seccomp=status.seccomp,
+            gone_files=files.gone_files(command, pid, cwd),
+            pidfile=files.pidfile(command, dict(environ)),
+            added_options=files.added_options(candidate.argv, dict(environ)),
+            stats_polling=devices.stats_polling(answers, plugged),
+            config_files=config_files(pid, candidate.argv),
+            changed_files=files.changed_since(pid, candidate.process.start_time, config_files(pid, candidate.argv)),
+            unreadable=tuple(dict.fromkeys((*candidate.unreadable, *self.unreadable))),
+        )
+        _same_process(candidate)
+        return guest
+
+    def vcpus(self, answers: Answers, threads: dict[int, int]) -> tuple[Vcpu, ...]:
+        """vCPUs with their thread ids as this host counts; proof that the monitor is this process's.
+
+        Raises:
+            MonitorError: the threads that it names are not this process's.
+        """
+        named = devices.vcpus(answers)
+        strangers = [v.thread_id for v in named if v.thread_id not in threads]
+        if (strangers or not named) and threads:
+            _same_process(self.candidate)
+            what = f"names vCPU thread {strangers[0]}" if strangers else "names no vCPU"
+            raise MonitorError(
+                self.monitor.address,
+                f"{what}, which is not one of pid {self.pid}: another QEMU answers here",
+                hint="is its path used by two guests?",
+            )
+        return tuple(replace(v, thread_id=threads.get(v.thread_id, v.thread_id)) for v in named)
+
+    def ram(self, answers: Answers, table: Sequence[OpenDescriptor]) -> tuple[RamBlock, ...]:
+        maps = self.readable("maps", lambda: proc.read_maps(self.pid), [])
+        mountinfo = self.readable("mountinfo", lambda: _read(f"/proc/{self.pid}/mountinfo"), "")
+        ids = None
+        if self.command is not None:
+            ids = {b.id for b in cl.memory_backends(self.command)}
+        return memory.ram_blocks(answers, maps, table, pid=self.pid, mountinfo=mountinfo, argv_ids=ids)
+
+    def binary(self, answers: Answers) -> Binary:
+        version, package = answers.read("query-version", parse_version, ("", ""))
+        return replace(self.candidate.binary, version=version or None, package=package)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, errors="surrogateescape") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ProcessLookupError(path) from None
+
+
+def thread_ids(pid: int) -> dict[int, int]:
+    """Thread id as the process itself counts (gettid) -> as this host counts.
+
+    They differ in a pid namespace; QEMU tells the inner ones.
+
+    Raises:
+        ProcessLookupError: the process is gone.
+    """
+    threads = [thread.tid for thread in proc.threads(pid)]
+    if len(proc.read_status(pid).ns_pids) < 2:
+        return {tid: tid for tid in threads}
+    found = {}
+    for tid in threads:
+        try:
+            found[proc.read_status(tid).ns_pids[-1]] = tid
+        except ProcessLookupError:
+            continue  # a worker that ended
+    return found
+
+
+def config_files(pid: int, argv: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(-readconfig path, text) of those that can still be read."""
+    try:
+        return tuple(discover.config_texts(pid, cl.CommandLine.parse(argv)).items())
+    except cl.CommandLineError:
+        return ()
+
+
+def installed(pid: int, running: Binary) -> Binary | None:
+    """What stands at the binary's path now, else the program of the same name on PATH; None where there is neither."""
+    for place, path in (
+        (f"/proc/{pid}/root{running.path}", running.path),
+        (running.path, running.path),
+        *((found, found) for found in [shutil.which(os.path.basename(running.path))] if found),
+    ):
+        try:
+            status = os.stat(place)
+        except OSError:
+            continue
+        same = (status.st_dev, status.st_ino) == running.identity
+        return Binary(
+            path=path,
+            device=status.st_dev,
+            inode=status.st_ino,
+            build_id=running.build_id if same else discover.build_id(place),
+        )
+    return None
+
+
+def accelerator(answers: Answers) -> str:
+    """kvm, tcg, ...; `query-accelerators` came with QEMU 11.0."""
+    if answers.read("query-kvm", lambda r: flag(r["enabled"]), False):
+        return "kvm"
+    told = answers.read("query-accelerators", lambda r: text(r["enabled"]), "")
+    if told:
+        return told
+    kinds = dict(answers.children("/machine"))
+    return next((k.removesuffix("-accel") for k in kinds.values() if k.endswith("-accel")), "tcg")
+
+
+def parse_migrate(reply: Any) -> tuple[str, tuple[str, ...]]:
+    """Status ("" where there never was a migration), and what blocks one (`blocked-reasons`, QEMU 6.0)."""
+    data = mapping(reply)
+    reasons = data.get("blocked-reasons", [])
+    if not isinstance(reasons, list):
+        raise TypeError("blocked-reasons is no list")
+    return text(data.get("status", "")), tuple(text(reason) for reason in reasons)
+
+
+def parse_capabilities(reply: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple((text(e["capability"]), flag(e["state"])) for e in mappings(reply))
+
+
+def parse_version(reply: Any) -> tuple[str, str]:
+    """("7.2.22", "Debian 1:7.2+dfsg-7+deb12u18+b3")"""
+    numbers = mapping(reply["qemu"])
+    return ".".join(str(number(numbers[key])) for key in ("major", "minor", "micro")), text(reply.get("package", ""))

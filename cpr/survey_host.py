@@ -1,0 +1,47 @@
+"""The facts about this host that a decision needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+
+from cpr.journal import run_directory
+from cpr.linux import capabilities, proc
+from cpr.model import Host
+
+
+def survey_host() -> Host:
+    """Read now; the run directory need not exist yet, then what lies above it is measured."""
+    directory = run_directory()
+    room = os.statvfs(_existing(directory))
+    return Host(
+        boot_id=proc.boot_id(),
+        uid=os.geteuid(),
+        capabilities=capabilities.names(proc.read_status(os.getpid()).effective),
+        limits={
+            name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")
+        },
+        run_directory=directory,
+        run_directory_free=room.f_bavail * room.f_frsize,
+        run_directory_inodes=room.f_favail,
+        memory_available=_memory_available(),
+        architecture=os.uname().machine,
+    )
+
+
+def _existing(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or "/"
+    return path
+
+
+def _memory_available() -> int:
+    with open("/proc/meminfo") as file:
+        return parse_meminfo(file.read())
+
+
+def parse_meminfo(printed: str) -> int:
+    """MemAvailable in bytes."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", printed, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
