@@ -12,8 +12,12 @@ from tests.unit import values
 MIB = 1 << 20
 GIB = 1 << 30
 
-ARGV = ("/usr/bin/qemu-system-x86_64", "-machine", "q35,memory-backend=ram0", "-object")
-ARGV += ("memory-backend-file,id=ram0,size=1G,mem-path=/proc/self/fd/20,share=on", "-display", "none")
+ARGV = (
+    "/usr/bin/qemu-system-x86_64",
+    *("-machine", "q35,memory-backend=ram0"),
+    *("-object", "memory-backend-file,id=ram0,size=1G,mem-path=/proc/self/fd/20,share=on"),
+    *("-display", "none"),
+)
 
 
 def guest(*more: str, **changes: Any) -> Guest:
