@@ -56,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show what the cache holds")
     parser.add_argument("--fetch", action="store_true", help="obtain everything (this is the default)")
     parser.add_argument("--again", action="store_true", help="throw the cache away first, for newer packages")
-    parser.add_argument(
-        "--path", metavar="KEY", choices=[*things()], help=f"print the path of one of {[*things()]}"
-    )
+    keys = [*things()]
+    parser.add_argument("--path", metavar="KEY", choices=keys, help=f"print the path of one of {keys}")
     options = parser.parse_args(arguments)
     try:
         if missing := tools.missing_packages():

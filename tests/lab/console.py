@@ -45,9 +45,8 @@ class ConsoleLog:
         with self.changed:
             if not self.changed.wait_for(lambda: bool(happened()), seconds):
                 tail = bytes(self.text[-300:]).decode("ascii", "replace")
-                raise TimeoutError(
-                    f"{what or 'nothing of the kind'} within {seconds} s; console: ...{tail!r}"
-                )
+                what = what or "nothing of the kind"
+                raise TimeoutError(f"{what} within {seconds} s; console: ...{tail!r}")
 
 
 Log = TypeVar("Log", bound=ConsoleLog)

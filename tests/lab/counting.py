@@ -118,9 +118,8 @@ class CountingLog(ConsoleLog):
     @property
     def sound(self) -> bool:
         """The guest started once, counts without a gap, and found its memory as it left it."""
-        return (
-            self.contiguous and self.starts <= 1 and not (self.bad or self.complaints or self.bad_in_rounds)
-        )
+        found = self.bad or self.complaints or self.bad_in_rounds
+        return self.contiguous and self.starts <= 1 and not found
 
     def largest_gap(self, since: float = 0, until: float | None = None) -> float:
         """The longest silence between two lines of the count, in seconds of time.monotonic."""

@@ -79,9 +79,8 @@ def choose_mirror(targets: Sequence[Mapping[str, str]], os_release: Mapping[str,
     Others use Debian's suite names too; the signed Release file says whose an archive is.
     """
     if os_release.get("ID") != "debian":
-        raise LabError(
-            f"the lab needs Debian 12 or newer; this is {os_release.get('PRETTY_NAME', 'unknown')}"
-        )
+        name = os_release.get("PRETTY_NAME", "unknown")
+        raise LabError(f"the lab needs Debian 12 or newer; this is {name}")
     for target in targets:
         ours = target.get("Origin"), target.get("Label"), target.get("Component")
         if ours == ("Debian", "Debian", "main"):
