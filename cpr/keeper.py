@@ -184,10 +184,13 @@ def _work(request: _Request, out: BinaryIO) -> Outcome:
 
 def _listen(run: Run) -> None:
     """Interrupts from the command; its end, before the commit, is one too."""
-    for line in sys.stdin.buffer:
-        words = line.split()
-        if words[:1] == [b"interrupt"]:
-            run.interrupt(int(words[1]) if len(words) > 1 else Exit.INTERRUPTED)
+    rest = b""
+    while data := os.read(0, 4096):  # not through sys.stdin: its lock would be held at our end
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            words = line.split()
+            if words[:1] == [b"interrupt"]:
+                run.interrupt(int(words[1]) if len(words) > 1 else Exit.INTERRUPTED)
     run.interrupt(Exit.INTERRUPTED)
 
 
