@@ -7,6 +7,7 @@ was chosen and why the ones before it were not. What is asked about the guest is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cpr.checks.registry import apply_ignores, blockers, in_order
@@ -68,14 +69,13 @@ def judge(
     Raises:
         UsageError: something in `ignored` is no check, or cannot be ignored.
     """
-    ignored = tuple(ignored)
-    common = apply_ignores(findings, ignored)
-    verdicts = {}
-    for name, engine in engines.items():
-        concerning = [f for f in common if not f.engines or name in f.engines]
-        own = list(engine.findings(guest, host, target))
-        verdicts[name] = apply_ignores([*concerning, *own], ignored)
-    return verdicts
+    own = [
+        replace(finding, engines=finding.engines or (name,))
+        for name, engine in engines.items()
+        for finding in engine.findings(guest, host, target)
+    ]
+    everything = apply_ignores([*findings, *own], ignored)
+    return {name: tuple(f for f in everything if not f.engines or name in f.engines) for name in engines}
 
 
 def make(
