@@ -327,6 +327,8 @@ class Guest:
     """(QOM path of a balloon, guest-stats-polling-interval) where it is not 0."""
     config_files: tuple[tuple[str, str], ...] = ()
     """(-readconfig path, its text) where argv has one."""
+    cpu_features: tuple[tuple[str, bool], ...] = ()
+    """The boolean properties of its CPU model as its own QEMU expands them; empty where it was not told."""
     changed_files: tuple[str, ...] = ()
     """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()
