@@ -18,9 +18,10 @@ from cpr.errors import GuestVanished, MonitorError, MonitorHeld
 from cpr.linux import proc
 from cpr.linux.fds import descriptor_table
 from cpr.model import Binary, Candidate, Guest, MonitorAddress, RamBlock, Vcpu
-from cpr.qemu import block, chardevs, descriptors, devices, memory, network, qmp, sockets
+from cpr.qemu import block, chardevs, cpu, descriptors, devices, memory, network, qmp, sockets
 from cpr.qemu import cmdline as cl
-from cpr.qemu.answers import Answers, flag, mapping, mappings, number, text
+from cpr.qemu.answers import Answers, flag, mapping, mappings, text
+from cpr.qemu.features import parse_version
 from cpr.survey_host import survey_host
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class _Survey:
             added_options=files.added_options(candidate.argv, dict(environ)),
             stats_polling=devices.stats_polling(answers, plugged),
             config_files=config_files(pid, candidate.argv),
+            cpu_features=cpu.features(answers, command),
             changed_files=files.changed_since(pid, candidate.process.start_time, config_files(pid, candidate.argv)),
             unreadable=tuple(dict.fromkeys((*candidate.unreadable, *self.unreadable))),
         )
@@ -325,8 +327,3 @@ def parse_migrate(reply: Any) -> tuple[str, tuple[str, ...]]:
 def parse_capabilities(reply: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((text(e["capability"]), flag(e["state"])) for e in mappings(reply))
 
-
-def parse_version(reply: Any) -> tuple[str, str]:
-    """("7.2.22", "Debian 1:7.2+dfsg-7+deb12u18+b3")"""
-    numbers = mapping(reply["qemu"])
-    return ".".join(str(number(numbers[key])) for key in ("major", "minor", "micro")), text(reply.get("package", ""))
