@@ -80,6 +80,7 @@ class Run:
     committed: bool = False
     interrupted: int = 0
     """Exit code of the interruption (130, 143), 0 for none."""
+    held: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     blackout_began: float | None = None
     _wake: threading.Event = field(default_factory=threading.Event)
@@ -171,6 +172,7 @@ class Run:
             failure = self._steps()
         except CprError as error:
             failure = error
+        self.tell()
         outcome = self._outcome(failure)
         if self.extra.get("leave_open"):
             self.journal.abandon()
@@ -224,7 +226,7 @@ class Run:
 
     def _tell(self, index: int, step: Step, state: str, error: str = "") -> None:
         self.journal.step(index, state, error)
-        self.report(
+        self.held.append(
             {
                 "event": "step",
                 "index": index,
@@ -236,6 +238,14 @@ class Run:
                 **({"error": error} if error else {}),
             }
         )
+        if not step.blackout or state not in ("doing", "done") or (step.commit and state == "done"):
+            self.tell()
+
+    def tell(self) -> None:
+        """Report what was held back: in the blackout nobody is woken to print."""
+        for message in self.held:
+            self.report(message)
+        self.held.clear()
 
     def _outcome(self, failure: CprError | None) -> Outcome:
         guest, target = self.plan.guest, self.plan.target

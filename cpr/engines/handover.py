@@ -82,6 +82,7 @@ class Handover:
         plan += [
             switch.PrepareStream(guest=guest),
             switch.CompareChains(guest=guest, both=True),
+            switch.PassClients(guest=guest),
             switch.MoveState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, both=False, blackout=True),
             switch.MoveClients(guest=guest, blackout=True),

@@ -6,10 +6,11 @@ Between STOP and RESUME nothing sleeps, nothing is spawned, nothing is synced; w
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds
@@ -77,16 +78,18 @@ class CompareChains(Step):
         return "compare device -> node -> file " + ("of plan, old and new QEMU" if self.both else "once more")
 
     def do(self, run: Run) -> None:
-        self._compare(run, run.monitor, "the guest has now")
+        early: qmp.Pending | None = run.extra.pop("chains", None)
+        reply = early.result() if early is not None else run.monitor.execute("query-block")
+        self._compare(reply, "the guest has now")
         if self.both:
             busy = run.monitor.execute("query-block-jobs")
             if busy:
                 names = ", ".join(str(job.get("device", "?")) for job in busy)
                 raise StepFailed(self.describe(), f"a block job began meanwhile: {names}", hint="wait for its end")
-            self._compare(run, run.successor, "the new QEMU would use")
+            self._compare(run.successor.execute("query-block"), "the new QEMU would use")
 
-    def _compare(self, run: Run, monitor: qmp.Monitor, whose: str) -> None:
-        now = {_key(c): c for c in block.parse_chains(monitor.execute("query-block"))}
+    def _compare(self, reply: Any, whose: str) -> None:
+        now = {_key(c): c for c in block.parse_chains(reply)}
         planned = {_key(c): c for c in self.guest.chains}
         for name in sorted(now.keys() | planned.keys()):
             was, is_now = planned.get(name), now.get(name)
@@ -133,13 +136,13 @@ class MoveState(Step):
         run.blackout_began = time.monotonic()
         run.monitor.execute("migrate", uri="fd:cpr-stream")
         self._await(run, run.successor, seen_new)
+        run.extra["chains"] = run.monitor.submit("query-block")  # its reply is awaited by the next step
         self._await(run, run.monitor, seen_old)
         if self.guest.running:
             stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old)
             run.stop_time = stop.timestamp if stop is not None else None
-        state = run.successor.execute("query-status")["status"]
-        if state not in (Runstate.PAUSED, self.guest.runstate) or (self.guest.running and state == Runstate.RUNNING):
-            raise StepFailed(self.describe(), f"the new QEMU is {state} after loading")
+        if any(event.name == "RESUME" for event in run.successor.events()[seen_new:]):
+            raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 
     def _await(self, run: Run, monitor: qmp.Monitor, after: int) -> None:
         def ended(event: qmp.Event) -> bool:
@@ -168,31 +171,69 @@ class MoveState(Step):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoveClients(Step):
-    """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label)."""
+class PassClients(Step):
+    """Send the connected chardev clients ahead as descriptors; the new QEMU does not use them yet."""
 
     guest: Guest
 
     def describe(self) -> str:
         labels = [c.label for c in movable(self.guest.chardevs)]
-        return f"move connected clients: {', '.join(labels) or 'none so far'}"
+        return f"send the connected clients ahead: {', '.join(labels) or 'none so far'}"
 
     def do(self, run: Run) -> None:
         assert run.old is not None
-        servers = [c for c in self.guest.chardevs if f"listener:{c.label}" in run.descriptors and not c.monitor]
-        if not servers:
-            return
-        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in servers}
-        for chardev in movable(clients.connected_now(run.old.pid, tuple(servers), listeners)):
-            assert chardev.client is not None
-            with fds.take_fd(run.old.pidfd, chardev.client) as client:
-                run.successor.send_fd("cpr-client", client.number)
+        run.extra["sockets"] = clients.socket_numbers(run.old.pid)
+        run.extra["sent"] = _send_clients(run, self.guest)
+
+
+def _send_clients(run: Run, guest: Guest) -> dict[str, int]:
+    """Pass every client that is connected now to the new QEMU; {label: inode of its socket}."""
+    assert run.old is not None
+    servers = [c for c in guest.chardevs if f"listener:{c.label}" in run.descriptors and not c.monitor]
+    if not servers:
+        return {}
+    listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in servers}
+    sent = {}
+    for chardev in movable(clients.connected_now(run.old.pid, tuple(servers), listeners)):
+        assert chardev.client is not None
+        with fds.take_fd(run.old.pidfd, chardev.client) as client:
+            sent[chardev.label] = os.fstat(client.number).st_ino
+            run.successor.send_fd(_client_name(chardev.label), client.number)
+    return sent
+
+
+def _client_name(label: str) -> str:
+    return f"cpr-client-{label}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveClients(Step):
+    """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label).
+
+    Not earlier: the new QEMU would swallow their input. If somebody came or went since they were sent ahead, who is
+    there now is looked up again.
+    """
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "move the connected clients"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        sent: dict[str, int] = run.extra["sent"]
+        if clients.socket_numbers(run.old.pid).keys() != run.extra["sockets"].keys():
+            sent = _send_clients(run, self.guest)
+        asked = {
+            label: run.successor.submit("add_client", protocol=label, fdname=_client_name(label)) for label in sent
+        }
+        for label, pending in asked.items():
             try:
-                run.successor.execute("add_client", protocol=chardev.label, fdname="cpr-client")
+                pending.result()
             except CommandFailed as error:
                 raise StepFailed(
                     self.describe(),
-                    f"{chardev.label}: the new QEMU does not take its client ({error.description})",
+                    f"{label}: the new QEMU does not take its client ({error.description})",
                     hint="a second client was waiting for it and came first; end that one and try again",
                 ) from None
 

@@ -31,6 +31,7 @@ from cpr.errors import CommandFailed, MonitorError, MonitorHeld
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator
+    from concurrent.futures import Future
 
     from cpr.model import MonitorAddress
 
@@ -85,6 +86,31 @@ class Event:
 
     def __repr__(self) -> str:
         return f"Event({self.name}, {self.data})"
+
+
+class Pending:
+    """A command that was sent; `result` waits for its reply. Errors as those of `Monitor.execute`."""
+
+    __slots__ = ("_address", "_command", "_future")
+
+    def __init__(self, address: str, command: str, future: Future[Any]) -> None:
+        self._address = address
+        self._command = command
+        self._future = future
+
+    def result(self, timeout: float = COMMAND_SECONDS) -> Any:
+        """The value that QEMU returned."""
+        try:
+            return self._future.result(timeout)
+        except ExecuteError as error:
+            raise CommandFailed(self._command, error.error_class, str(error)) from None
+        except FutureTimeoutError:
+            self._future.cancel()
+            raise MonitorError(self._address, f"no answer to {self._command} within {timeout:g} s") from None
+        except (ExecInterruptedError, StateError, EOFError, ConnectionError):
+            raise MonitorError(self._address, f"QEMU hung up during {self._command}") from None
+        except (QMPError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise MonitorError(self._address, f"{self._command}: unusable reply: {_words(error)}") from None
 
 
 class Monitor:
@@ -149,16 +175,15 @@ class Monitor:
         self, command: str, arguments: dict[str, Any], *, timeout: float = COMMAND_SECONDS
     ) -> Any:
         """Run one command whose argument names are taken as they stand."""
-        try:
-            return _loop.run(self._client.execute(command, arguments or None), timeout)
-        except ExecuteError as error:
-            raise CommandFailed(command, error.error_class, str(error)) from None
-        except TimeoutError:
-            raise MonitorError(self.address, f"no answer to {command} within {timeout:g} s") from None
-        except (ExecInterruptedError, StateError, EOFError, ConnectionError):
-            raise MonitorError(self.address, f"QEMU hung up during {command}") from None
-        except (QMPError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise MonitorError(self.address, f"{command}: unusable reply: {_words(error)}") from None
+        return self.submit(command, **arguments).result(timeout)
+
+    def submit(self, command: str, **arguments: Any) -> Pending:
+        """Send one command now and take its reply later; several may be under way, QEMU answers them in order.
+
+        Argument names are taken as they stand.
+        """
+        work = self._client.execute(command, arguments or None)
+        return Pending(self.address, command, asyncio.run_coroutine_threadsafe(work, _loop.get()))
 
     def send_fd(self, name: str, number: int) -> None:
         """Hand a descriptor to QEMU under a name (`getfd`); the caller keeps its own."""
