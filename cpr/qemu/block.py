@@ -34,8 +34,12 @@ def nodes(answers: Answers) -> tuple[BlockNode, ...]:
 
 
 def parse_chains(reply: Any) -> tuple[BlockChain, ...]:
-    """One for each block backend; a drive without a medium has no node and no files."""
-    return tuple(_chain(entry) for entry in mappings(reply))
+    """One for each block backend; a drive without a medium has no node and no files.
+
+    A drive without a medium that is in no device either is left out: it is nothing, and which of them QEMU makes by
+    itself differs between versions (sd0, up to 9.x).
+    """
+    return tuple(_chain(e) for e in mappings(reply) if e.get("qdev") or e.get("inserted") is not None)
 
 
 def _chain(entry: dict[str, Any]) -> BlockChain:
