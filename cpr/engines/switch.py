@@ -222,7 +222,8 @@ class MoveClients(Step):
     def do(self, run: Run) -> None:
         assert run.old is not None
         sent: dict[str, int] = run.extra["sent"]
-        if clients.socket_numbers(run.old.pid).keys() != run.extra["sockets"].keys():
+        now = clients.socket_numbers(run.old.pid).keys()
+        if now - run.extra["sockets"].keys() or not now >= set(sent.values()):
             sent = _send_clients(run, self.guest)
         asked = {
             label: run.successor.submit("add_client", protocol=label, fdname=_client_name(label)) for label in sent
