@@ -35,6 +35,17 @@ T = TypeVar("T")
 
 __all__ = ["open_monitor", "survey", "survey_host"]
 
+QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((f"query-{what}", {}) for what in ("cpus-fast", "chardev", "vnc-servers", "spice", "fdsets", "migrate")),
+    *((f"query-{what}", {}) for what in ("name", "uuid", "version", "kvm", "accelerators", "status", "block")),
+    *((f"query-{what}", {}) for what in ("iothreads", "jobs", "block-jobs", "migrate-capabilities")),
+    ("query-migrate-parameters", {}),
+    ("query-named-block-nodes", {"flat": True}),
+    *(("qom-list", {"path": path}) for path in ("/objects", devices.PERIPHERAL, devices.PERIPHERAL_ANON)),
+    *(("qom-get", {"path": "/machine", "property": name}) for name in ("type", "memory-backend")),
+    *(("human-monitor-command", {"command_line": line}) for line in ("info ramblock", "info network")),
+)
+"""What every survey asks: sent at once, so that QEMU answers while /proc is read."""
 HELD_SECONDS = 0.3
 """How long a monitor that has a client already is given to become free."""
 NIL_UUID = "00000000-0000-0000-0000-000000000000"
@@ -138,6 +149,7 @@ class _Survey:
     def guest(self) -> Guest:
         pid, candidate, command = self.pid, self.candidate, self.command
         answers = Answers(self.monitor)
+        answers.ahead(*QUESTIONS)
         threads = self.readable("task", lambda: thread_ids(pid), {})
         vcpus = self.vcpus(answers, threads)
         status = proc.read_status(pid)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from cpr.errors import CommandFailed, MonitorError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from cpr.qemu.qmp import Monitor
+    from cpr.qemu.qmp import Monitor, Pending
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ class Answers:
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
+        self._ahead: dict[str, Pending] = {}
         self.commands: frozenset[str] = frozenset(("query-commands",))
         self.commands = self.read("query-commands", parse_names, frozenset())
 
@@ -37,8 +38,16 @@ class Answers:
         """The parsed reply of `command`; `default` where this QEMU does not have it."""
         if command not in self.commands:
             return cast("T", default)
-        reply = self.monitor.execute(command, **arguments)
+        sent = self._ahead.pop(_key(command, arguments), None)
+        reply = sent.result() if sent is not None else self.monitor.execute(command, **arguments)
         return self.sane(command, lambda: parse(reply))
+
+    def ahead(self, *questions: tuple[str, dict[str, Any]]) -> None:
+        """Send questions now whose answers are `read` later, once each: QEMU answers while we do something else."""
+        for command, arguments in questions:
+            if command in self.commands:
+                named = {key.replace("_", "-"): value for key, value in arguments.items()}
+                self._ahead[_key(command, arguments)] = self.monitor.submit(command, **named)
 
     def sane(self, command: str, parse: Callable[[], T]) -> T:
         """What `parse` makes of replies to `command`; `MonitorError` where it stumbles over their shape."""
@@ -80,6 +89,10 @@ class Answers:
             return self.read("human-monitor-command", text, "", command_line=command_line)
         except CommandFailed:
             return ""
+
+
+def _key(command: str, arguments: Mapping[str, Any]) -> str:
+    return f"{command} {sorted(arguments.items())}"
 
 
 def text(value: Any) -> str:
