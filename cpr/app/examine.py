@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from cpr.model import Candidate, Finding, Guest, Host, Plan, Rehearsal, Target
+
+ATTENTION_SECONDS = 0.1
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -228,9 +230,17 @@ def find_all(names: Sequence[str], world: World) -> tuple[Candidate, ...]:
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], jobs: int) -> tuple[R, ...]:
-    """`work` done to every item, up to `jobs` at a time; the answers in the items' order."""
+    """`work` done to every item, up to `jobs` at a time; the answers in the items' order.
+
+    The caller's thread only waits, in slices: Python runs signal handlers in the main thread, and a signal that comes
+    just before a long wait would be heard at its end.
+    """
     everything = tuple(items)
-    if len(everything) <= 1 or jobs <= 1:
-        return tuple(map(work, everything))
-    with ThreadPoolExecutor(max_workers=min(jobs, len(everything)), thread_name_prefix="guest") as pool:
-        return tuple(pool.map(work, everything))
+    pool = ThreadPoolExecutor(max_workers=max(1, min(jobs, len(everything))), thread_name_prefix="guest")
+    try:
+        futures = [pool.submit(work, item) for item in everything]
+        while wait(futures, timeout=ATTENTION_SECONDS).not_done:
+            continue
+        return tuple(future.result() for future in futures)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

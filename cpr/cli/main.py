@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from cpr.cli import guests, journals, start, update
-from cpr.cli.output import Output, use_color
-from cpr.errors import UNTOUCHED, CprError, Exit, UsageError
+from cpr.cli.output import Ended, Output, use_color
+from cpr.errors import UNTOUCHED, CprError, Exit, Interrupted, UsageError
 
 app = typer.Typer(
     name="cpr",
@@ -72,16 +72,17 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """The exit code of one call. Whatever goes wrong is said, and with --json there is a document all the same."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    arguments = [*_color_first(own), *arguments[len(own) :]]
     output = Output(json="--json" in own, command=next((a for a in own if not a.startswith("-")), "cpr"))
     try:
         result = app(args=arguments, prog_name="cpr", standalone_mode=False)
         return int(result) if isinstance(result, int) else int(Exit.OK)
     except CprError as error:
-        return output.failed(error, getattr(error, "exit_code", None))
+        return output.failed(error)
     except CLICK_ERROR as error:
         return _usage(error, output)
-    except (KeyboardInterrupt, typer.Abort):
-        return output.failed(CprError("interrupted", where=UNTOUCHED), Exit.INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort, Ended) as error:
+        return output.failed(Interrupted("interrupted", where=UNTOUCHED), getattr(error, "exit_code", None))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output left: Python's flush at exit as well
         return int(Exit.FAILED)
@@ -96,6 +97,15 @@ def run(arguments: list[str]) -> int:
                 hint="CPR_DEBUG=1 shows the traceback; please report it",
             )
         )
+
+
+def _color_first(arguments: list[str]) -> list[str]:
+    """--color is an option of `cpr` itself, and may stand behind the command all the same."""
+    at = next((i for i, word in enumerate(arguments) if word.split("=")[0] == "--color"), None)
+    if at is None:
+        return arguments
+    end = at + (1 if "=" in arguments[at] else 2)
+    return [*arguments[at:end], *arguments[:at], *arguments[end:]]
 
 
 def _usage(error: Exception, output: Output) -> int:

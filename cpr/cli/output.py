@@ -40,6 +40,14 @@ def colored(text: str, kind: str, *, err: bool = False) -> str:
     return f"\x1b[{_COLORS[kind]}m{text}\x1b[0m" if wanted else text
 
 
+class Ended(BaseException):
+    """A signal before anything was done: no error of one guest, but the end of the command."""
+
+    def __init__(self, code: Exit) -> None:
+        super().__init__("interrupted")
+        self.exit_code = code
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """How one command answers: as a document or in words."""
@@ -62,12 +70,12 @@ class Output:
 
 def say(text: str) -> None:
     """A line of the result."""
-    typer.echo(text)
+    typer.echo(text, color=True)  # coloured or not was decided already
 
 
 def tell(text: str) -> None:
     """A line on the way."""
-    typer.echo(text, err=True)
+    typer.echo(text, err=True, color=True)
 
 
 def say_error(error: CprError) -> None:

@@ -12,8 +12,8 @@ import typer
 
 from cpr.cli.choose import choices
 from cpr.cli.options import All, Engine, ExitCode, Guests, Ignore, Json, Qemu, QemuOption, Restart
-from cpr.cli.output import Output, say, tell
-from cpr.errors import UNTOUCHED, CprError, Exit, Interrupted, UsageError
+from cpr.cli.output import Ended, Output, say, tell
+from cpr.errors import UNTOUCHED, Exit, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,11 +164,3 @@ def signals() -> Iterator[Stop]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-class Ended(CprError):
-    """A signal before anything was done."""
-
-    def __init__(self, code: Exit) -> None:
-        super().__init__("interrupted", where=UNTOUCHED)
-        self.exit_code = code
