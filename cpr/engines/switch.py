@@ -271,7 +271,7 @@ class Continue(Step):
 
 def report_blackout(run: Run) -> None:
     if run.stop_time is not None and run.resume_time is not None:
-        run.report({"event": "blackout", "seconds": max(0.0, run.resume_time - run.stop_time)})
+        run.held.append({"event": "blackout", "seconds": max(0.0, run.resume_time - run.stop_time)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
