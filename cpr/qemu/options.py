@@ -34,6 +34,8 @@ def translate(cmdline: CommandLine, knows: OptionKnowledge) -> Translation:
     waiting = list(reversed(cmdline.options))
     while waiting:
         option = waiting.pop()
+        if option.name == "audiodev" and option in done:
+            continue  # several rows may ask for the same one
         for row in ROWS:
             change = row(option, cmdline, knows)
             if change is not None and change.options != (option,):
@@ -43,4 +45,4 @@ def translate(cmdline: CommandLine, knows: OptionKnowledge) -> Translation:
         else:
             done.append(option)
     result = cmdline.with_options(done)
-    return Translation(result, tuple(changes), tuple(unknown_to(result, knows)))
+    return Translation(result, tuple(dict.fromkeys(changes)), tuple(unknown_to(result, knows)))

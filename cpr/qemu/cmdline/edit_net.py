@@ -32,6 +32,10 @@ def with_netdev_fds(
 
     What was said of how to make and configure the tap goes, for it exists; `vhost=on` without `vhostfds` stays, and
     QEMU opens /dev/vhost-net anew.
+
+    Of several queues QEMU detaches at its start all but the first (TUNSETQUEUE), and aborts ("could not disable
+    queue", 7.2 to 11.1) where one is detached already, as it is when the guest does not use it: the caller attaches
+    them before, and after a new QEMU that failed, for it has detached those of the old one.
     """
     found = find_netdev(cmdline, which)
     if found.type not in ("tap", "bridge"):
@@ -49,15 +53,19 @@ def with_netdev_fds(
 def with_netdev_null(cmdline: CommandLine, which: str | int, fds: Sequence[int] = ()) -> CommandLine:
     """Nothing outside behind the NIC: the port of a hub of its own, or throw-away taps where `fds` are given.
 
-    A hub port is one queue without a virtio header. A NIC starts on it whatever its options, but QEMU refuses to load
-    the state of one that used more queues, or offloads, over it: for that give taps made in a network namespace of
-    their own, as many as there were queues.
+    A user network stays one, restricted and without forwardings: its state is part of the guest's (section `slirp`),
+    and it does nothing while the guest does not run. A hub port is one queue without a virtio header. A NIC starts on
+    it whatever its options, but QEMU refuses to load the state of one that used more queues, or offloads, over it: for
+    that give taps made in a network namespace of their own, as many as there were queues.
     """
     found = find_netdev(cmdline, which)
     option = cmdline.options[found.index]
     if fds:
         tap = Params.of(("type", "tap"), **{key: found.params.get(key) for key in _kept(found)})
         return cmdline.replaced(found.index, option.with_params(_with_numbers(tap, "fd", fds)))
+    if found.type == "user":
+        user = found.params.without("hostfwd", "smb", "smbserver", "tftp", "bootfile").with_({"restrict": True})
+        return cmdline.replaced(found.index, option.with_params(user))
     if found.option == "net":  # it hangs on hub 0 with the -net nic: nothing there is null enough
         return cmdline.replaced(found.index)
     pairs = {"hubid": str(_FIRST_HUB + found.index), **{key: found.params.get(key) for key in _kept(found)}}

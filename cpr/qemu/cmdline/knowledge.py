@@ -7,7 +7,7 @@ In scope: reading its answers, and finding what it will refuse. Out of scope: as
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,13 @@ _GROUPS = {
 class OptionKnowledge:
     """What one binary knows: its options, and the parameters of its option groups.
 
-    `devices` may hold the property names of device models (QMP `device-list-properties`), as far as somebody asked.
+    As far as somebody asked: `types` has its QOM types (QMP `qom-list-types`), and `devices` the property names of
+    device models (QMP `device-list-properties`).
     """
 
     options: frozenset[str]
     groups: Mapping[str, frozenset[str]]
+    types: frozenset[str] = frozenset()
     devices: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def option(self, name: str) -> bool:
@@ -57,13 +59,23 @@ class OptionKnowledge:
         known = self.groups.get(group)
         return name in known if known else None
 
+    def type(self, name: str) -> bool | None:
+        """Whether it has the QOM type; None if it was not asked."""
+        return name in self.types if self.types else None
+
     def device_property(self, driver: str, name: str) -> bool | None:
         known = self.devices.get(driver)
         return name in known if known else None
 
 
-def knowledge_from(help_text: str, query_command_line_options: Sequence[Mapping[str, Any]]) -> OptionKnowledge:
-    """From the output of `-help` and what QMP `query-command-line-options` returned."""
+def knowledge_from(
+    help_text: str,
+    query_command_line_options: Sequence[Mapping[str, Any]],
+    *,
+    types: Iterable[str] = (),
+    devices: Mapping[str, frozenset[str]] | None = None,
+) -> OptionKnowledge:
+    """From the output of `-help` and what QMP `query-command-line-options` returned, and more if it was asked for."""
     options: set[str] = set()
     for line in help_text.splitlines():
         if found := _HELP_LINE.match(line):
@@ -72,7 +84,7 @@ def knowledge_from(help_text: str, query_command_line_options: Sequence[Mapping[
         entry["option"]: frozenset(parameter["name"] for parameter in entry["parameters"])
         for entry in query_command_line_options
     }
-    return OptionKnowledge(frozenset(options), groups)
+    return OptionKnowledge(frozenset(options), groups, frozenset(types), devices or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,8 @@ def unknown_to(cmdline: CommandLine, knows: OptionKnowledge) -> list[str]:
         if not knows.option(option.name):
             refused.append(f"-{option.name}")
             continue
+        if option.name == "object" and knows.type(option.params.get("qom-type") or "") is False:
+            refused.append(f"-object {option.params.get('qom-type')}")
         group = _GROUPS.get(option.name)
         if group is not None:
             refused += [

@@ -16,6 +16,9 @@ from cpr.qemu.cmdline.params import CommandLineError, Form, Item, Params, parse_
 
 LEGACY_OPTIONS = ("serial", "parallel", "debugcon", "monitor", "qmp", "qmp-pretty", "gdb", "s", "qtest")
 
+MONITOR_OBJECTS = {"monitor-qmp": "control", "monitor-hmp": "readline"}
+"""What follows the options: -object monitor-qmp (11.1, which calls -mon deprecated)."""
+
 _BARE = frozenset({"null", "pty", "msmouse", "wctablet", "braille", "testdev", "stdio"})
 _HOST_PORT = re.compile(r"([^:]{1,64}):([^,]{1,32})|:([^,]{1,32})")
 _UDP = re.compile(r"([^:]{1,64}):([^@,]{1,32})|:([^@,]{1,32})")

@@ -7,7 +7,7 @@ and -qtest; the chardevs QEMU adds by itself stay implicit and are only named.
 from __future__ import annotations
 
 from cpr.qemu.cmdline.argv import CommandLine, Option
-from cpr.qemu.cmdline.legacy import LegacyChardev, legacy_chardevs
+from cpr.qemu.cmdline.legacy import MONITOR_OBJECTS, LegacyChardev, legacy_chardevs
 from cpr.qemu.cmdline.params import Params
 
 _PORTS = ("serial", "parallel", "debugcon")
@@ -52,9 +52,8 @@ def implicit_chardevs(cmdline: CommandLine) -> tuple[str, ...]:
     texts = [option.value or "" for _, option in cmdline.find("serial", "parallel")]
     serial = not cmdline.has("serial") and not drivers & _DEFAULT_SERIAL
     parallel = not cmdline.has("parallel") and not drivers & _DEFAULT_PARALLEL
-    monitor = not cmdline.has("monitor", "qmp", "qmp-pretty", "mon") and not any(
-        text.startswith("mon:") for text in texts
-    )
+    asked = cmdline.has("monitor", "qmp", "qmp-pretty", "mon") or any(text.startswith("mon:") for text in texts)
+    monitor = not asked and not any(o.params.get("qom-type") in MONITOR_OBJECTS for _, o in cmdline.find("object"))
     if cmdline.has("nographic") and serial:
         monitor = False  # it shares serial0
     names = (("serial0", serial), ("parallel0", parallel), ("compat_monitor0", monitor))
@@ -62,6 +61,7 @@ def implicit_chardevs(cmdline: CommandLine) -> tuple[str, ...]:
 
 
 def _monitor(found: LegacyChardev) -> list[Option]:
+    # without an id: 11.1 numbers those itself as compat_monitorN, and refuses one of its names said by us
     mon = _mon(found.label, _MONITORS[found.option], pretty=found.option == "qmp-pretty")
     if found.params is None:
         return [mon]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cpr.qemu.cmdline.argv import POSITIONAL, CommandLine, Option
 from cpr.qemu.cmdline.facts import Chardev, Display, Drive, Monitor, Netdev, Socket, Vnc, VncAddress
-from cpr.qemu.cmdline.legacy import legacy_chardevs
+from cpr.qemu.cmdline.legacy import MONITOR_OBJECTS, legacy_chardevs
 from cpr.qemu.cmdline.params import CommandLineError, Params, parse_keyval
 
 _BACKENDS = {"tty": "serial", "parport": "parallel", "memory": "ringbuf"}  # chardev/char.c chardev_alias_table
@@ -44,7 +44,7 @@ def chardevs(cmdline: CommandLine) -> tuple[Chardev, ...]:
 
 
 def monitors(cmdline: CommandLine) -> tuple[Monitor, ...]:
-    """Every monitor: -mon, -monitor, -qmp, and the one that shares a port (`-serial mon:stdio`)."""
+    """Every monitor: -mon, -monitor, -qmp, -object monitor-qmp, and one that shares a port (`-serial mon:stdio`)."""
     known = {chardev.label: chardev for chardev in chardevs(cmdline)}
 
     def monitor(label: str, mode: str | None, index: int, option: str, pretty: bool = False) -> Monitor:
@@ -55,6 +55,9 @@ def monitors(cmdline: CommandLine) -> tuple[Monitor, ...]:
         monitor(p.get("chardev") or "", p.get("mode"), index, "mon", p.flag("pretty"))
         for index, p in _all_params(cmdline, "mon")
     ]
+    for index, p in _all_params(cmdline, "object"):
+        if mode := MONITOR_OBJECTS.get(p.get("qom-type") or ""):
+            found.append(monitor(p.get("chardev") or "", mode, index, "object", p.flag("pretty")))
     for old in legacy_chardevs(cmdline):
         if old.monitor or old.option == "monitor":
             found.append(monitor(old.label, "readline", old.index, old.option))

@@ -16,6 +16,7 @@ from cpr.qemu.cmdline.edit_chardevs import null_chardev
 from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd
 from cpr.qemu.cmdline.edit_net import with_netdev_null
 from cpr.qemu.cmdline.facts import Device, Drive, QomObject
+from cpr.qemu.cmdline.legacy import MONITOR_OBJECTS
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
 from cpr.qemu.cmdline.params import CommandLineError, Params, parse_keyval
 from cpr.qemu.cmdline.queries import devices, machine, memory_backends, objects
@@ -73,7 +74,7 @@ def for_rehearsal(
     monitor = (
         Option("display", "none"),
         Option("chardev", Params.of(("backend", "socket"), id=MONITOR, fd=str(monitor_fd)).render()),
-        Option("mon", Params.of(None, chardev=MONITOR, mode="control").render()),
+        Option("mon", Params.of(None, id=MONITOR, chardev=MONITOR, mode="control").render()),
     )
     return for_incoming(result.appended(*monitor))
 
@@ -116,6 +117,8 @@ def _quiet(option: Option) -> Option | tuple[Option, ...]:
             return Option("audio", _audio(option.value or ""))
         case "device" if params.get("driver") == "scsi-block":  # passes SG_IO on; its state is scsi-hd's
             return option.with_params(params.with_({"driver": "scsi-hd"}))
+        case "object" if params.get("qom-type") in MONITOR_OBJECTS:
+            return ()
         case "set" if not (option.value or "").startswith("device."):
             return ()
     return option

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from cpr.qemu.cmdline.argv import CommandLine, Option
 from cpr.qemu.cmdline.knowledge import Change, OptionKnowledge, Row
+from cpr.qemu.cmdline.legacy import MONITOR_OBJECTS
 from cpr.qemu.cmdline.params import Params
 
 Rewrite = Callable[[Option], tuple[Option, ...]]
@@ -101,7 +102,7 @@ def _usb_device(option: Option) -> tuple[Option, ...]:
 
 
 def reconnect(option: Option, _all: CommandLine, knows: OptionKnowledge) -> Change | None:
-    """`reconnect` counts seconds; `reconnect-ms` came in 9.2 and the other went by 11.1 (-netdev stream likewise)."""
+    """`reconnect` counts seconds; `reconnect-ms` came in 9.2 and the other went in 10.2 (-netdev stream likewise)."""
     if option.name not in ("chardev", "netdev"):
         return None
     params = option.params
@@ -127,7 +128,7 @@ def _renamed_key(params: Params, old: str, new: str, value: int) -> Params:
 
 
 def chardev_words(option: Option, _all: CommandLine, knows: OptionKnowledge) -> Change | None:
-    """Backend aliases tty and parport (removed in 8.0); logtimestamp and encoding (new in 11.0) to older ones."""
+    """Backend aliases tty and parport (removed in 8.0); logtimestamp and encoding (there in 11.1) to older ones."""
     if option.name != "chardev":
         return None
     params = option.params
@@ -153,9 +154,8 @@ def audiodev(option: Option, cmdline: CommandLine, knows: OptionKnowledge) -> Ch
         return Change((option.with_params(params.with_({"audiodev": backends[0]})),), words)
     if not cmdline.has("nodefaults"):
         return None  # QEMU makes one up
-    own = f"cpr-audio{cmdline.options.index(option)}"
-    silent = Option("audiodev", Params.of(("driver", "none"), id=own).render())
-    return Change((silent, option.with_params(params.with_({"audiodev": own}))), f"{words}, a silent one")
+    silent = Option("audiodev", "none,id=cpr-audio")  # one for all of them
+    return Change((silent, option.with_params(params.with_({"audiodev": "cpr-audio"}))), f"{words}, a silent one")
 
 
 def spice_password(option: Option, _all: CommandLine, knows: OptionKnowledge) -> Change | None:
@@ -221,6 +221,22 @@ def useless_words(option: Option, _all: CommandLine, _knows: OptionKnowledge) ->
     return None
 
 
+def monitor_words(option: Option, _all: CommandLine, knows: OptionKnowledge) -> Change | None:
+    """-object monitor-qmp, monitor-hmp (new in 11.1, which calls -mon deprecated), both ways."""
+    params = option.params
+    mode = MONITOR_OBJECTS.get(params.get("qom-type") or "") if option.name == "object" else None
+    if mode and knows.type(params.get("qom-type") or "") is False and knows.option("mon"):
+        said = {key: params.get(key) for key in ("id", "chardev", "pretty") if key in params}
+        return Change((Option("mon", Params.of(None, **said, mode=mode).render()),), "-object monitor is -mon there")
+    if option.name == "mon" and not knows.option("mon"):
+        kind = "monitor-qmp" if params.get("mode") == "control" else "monitor-hmp"
+        name = params.get("id") or f"cpr-monitor-{params.get('chardev')}"
+        pretty = {"pretty": "on"} if params.flag("pretty") else {}
+        made = Params.of(("qom-type", kind), id=name, chardev=params.get("chardev"), **pretty)
+        return Change((Option("object", made.render()),), f"-mon is now -object {kind}")
+    return None
+
+
 def device_words(option: Option, _all: CommandLine, knows: OptionKnowledge) -> Change | None:
     """virtio-blk scsi= (removed in 9.1), where the binary's properties are known: off is what is left."""
     if option.name != "device" or "scsi" not in option.params or option.params.flag("scsi"):
@@ -241,16 +257,20 @@ def one_instruction(option: Option, _all: CommandLine, knows: OptionKnowledge) -
 
 
 def single_step(option: Option, cmdline: CommandLine, knows: OptionKnowledge) -> Change | None:
-    """-singlestep (removed in 9.0) as a property of the accelerator it was for."""
-    if option.name != "singlestep" or knows.option("singlestep"):
+    """-singlestep (removed in 9.0) as a property of the accelerator it was for, which may be named already."""
+    if knows.option("singlestep") or not cmdline.has("singlestep"):
         return None
-    if any(found.params.get("accel") == "tcg" for _, found in cmdline.find("accel")):
-        return Change((Option("global", "tcg-accel.one-insn-per-tb=on"),), "-singlestep is now one-insn-per-tb=on")
-    return Change((Option("accel", "tcg,one-insn-per-tb=on"),), "-singlestep is now -accel tcg,one-insn-per-tb=on")
+    words = "-singlestep is now -accel tcg,one-insn-per-tb=on"
+    if option.name == "accel" and option.params.get("accel") == "tcg" and "one-insn-per-tb" not in option.params:
+        return Change((option.with_params(option.params.with_({"one-insn-per-tb": "on"})),), words)
+    if option.name == "singlestep":
+        named = any(found.params.get("accel") == "tcg" for _, found in cmdline.find("accel"))
+        return Change(() if named else (Option("accel", "tcg,one-insn-per-tb=on"),), words)
+    return None
 
 
 ROWS: tuple[Row, ...] = (
-    # removed in 9.0; -run-with came in 8.1, its user= in 9.1, exit-with-parent= in 11.0
+    # removed in 9.0; -run-with came in 8.1, its user= in 9.1, exit-with-parent= in 10.2
     renamed("async-teardown", "run-with", "async-teardown", _on("run-with", "async-teardown"), "-run-with"),
     renamed("chroot", "run-with", "chroot", _moved("run-with", "chroot"), "-run-with chroot="),
     renamed("runas", "run-with", "user", _moved("run-with", "user"), "-run-with user="),  # removed in 10.0
@@ -281,6 +301,8 @@ ROWS: tuple[Row, ...] = (
     gone("rotate", _dropped, "is gone with the screens it turned"),  # removed in 9.2
     gone("enable-fips", _dropped, "is gone"),  # removed in 7.1
     gone("writeconfig", _dropped, "is gone"),  # removed in 7.1
+    gone("id", _dropped, "is a label of Proxmox's own QEMU"),
+    gone("cpuunits", _dropped, "is a label of Proxmox's own QEMU"),
     gone("perfmap", _dropped, "is for profiling only and unknown there"),  # new in 8.0
     gone("jitdump", _dropped, "is for profiling only and unknown there"),  # new in 8.0
     reconnect,
@@ -291,6 +313,7 @@ ROWS: tuple[Row, ...] = (
     sizes,
     topology,
     useless_words,
+    monitor_words,
     device_words,
 )
 """Every change, in the order in which it is tried."""

@@ -1,7 +1,7 @@
 """Which options QEMU has, which of them take an argument, and how the argument is to be read.
 
-Covers QEMU 6.0 to 11.x (qemu-options.hx), with what was removed before in case a vendor kept it. Which options a given
-binary knows is not said here: see `cpr.qemu.options`, which asks the binary.
+Covers QEMU 6.0 to 11.x (qemu-options.hx), with what was removed before in case a vendor kept it, and what Proxmox adds
+(-id, -cpuunits). Which options a given binary knows is not said here: see `cpr.qemu.options`, which asks the binary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _TEXT = """
     hda hdachs hdb hdc hdd igd-passthru incoming initrd k kernel loadvm mem-path monitor mtdblock parallel pflash
     pidfile prom-env qmp qmp-pretty qtest qtest-log readconfig redir rotate runas sd seed serial set shim smb
     soundhw startdate tb-size tftp usbdevice uuid vga virtioconsole watchdog watchdog-action writeconfig xen-domid
-    global initrd-rom
+    global
+    cpuunits id
 """
 
 _OPTS = {
