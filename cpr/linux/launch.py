@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from cpr.linux.traits import Likeness
 
+_PROGRAM = "from cpr.linux.launcher import main; main()"
+"""Not `-m`, whose machinery alone takes as long to import as all else that the helper needs."""
+
 _ABOVE = 10
 """What the helper gets is first moved above the numbers that posix_spawn's file actions write to."""
 
@@ -125,7 +128,9 @@ def _spec(
     differing = [n for n in likeness.namespaces if n in ours and likeness.namespaces[n] != ours[n]]
     if process is None:
         if differing:
-            raise LaunchError("namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace")
+            raise LaunchError(
+                "namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace"
+            )
     else:
         try:
             spec["cwd_fd"] = hold(f"{process}/cwd", os.O_PATH | os.O_DIRECTORY)
@@ -134,7 +139,9 @@ def _spec(
                 index = hold(f"{process}/ns/{name}", os.O_RDONLY)
                 found = os.fstat(numbers[index])
                 if (found.st_dev, found.st_ino) != likeness.namespaces[name]:
-                    raise LaunchError("namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace")
+                    raise LaunchError(
+                        "namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace"
+                    )
                 spec["namespaces"].append((name, index))
         except LaunchError:
             raise
@@ -158,7 +165,9 @@ def _spec(
 
 def _lives(likeness: Likeness) -> bool:
     try:
-        return proc.process_start_time(likeness.pid) == likeness.start_time and not proc.is_zombie(likeness.pid)
+        return proc.process_start_time(likeness.pid) == likeness.start_time and not proc.is_zombie(
+            likeness.pid
+        )
     except ProcessLookupError:
         return False
 
@@ -174,7 +183,9 @@ def _cgroup_directories(likeness: Likeness) -> list[str]:
         directory = cgroup.locate(entry, mounts)
         if directory is None:
             which = ",".join(entry.controllers) or "v2"
-            raise LaunchError("cgroup", errno.ENOENT, f"{entry.path} of the hierarchy {which} is not mounted here")
+            raise LaunchError(
+                "cgroup", errno.ENOENT, f"{entry.path} of the hierarchy {which} is not mounted here"
+            )
         directories.append(directory)
     return directories
 
@@ -194,7 +205,9 @@ def _credentials(likeness: Likeness, other_user_namespace: bool) -> dict[str, An
         for number in ids:
             rows = [(i, o) for i, o, size in id_map if o <= number < o + size]
             if not rows:
-                raise LaunchError("credentials", errno.EINVAL, f"id {number} has no place in its user namespace")
+                raise LaunchError(
+                    "credentials", errno.EINVAL, f"id {number} has no place in its user namespace"
+                )
             found.append(number - rows[0][1] + rows[0][0])
         return found
 
@@ -228,7 +241,7 @@ def _spawn(held: contextlib.ExitStack) -> tuple[socket.socket, Fd, int]:
         try:
             pid = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-S", "-s", "-P", "-m", "cpr.linux.launcher"],
+                [sys.executable, "-S", "-s", "-P", "-c", _PROGRAM],
                 {**environ, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"},
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
@@ -289,9 +302,7 @@ def _reap(pid: int) -> int:
     return 0
 
 
-def _result(
-    likeness: Likeness, messages: list[dict[str, Any]], pid: int, helper: Fd, said: Fd
-) -> Launched:
+def _result(likeness: Likeness, messages: list[dict[str, Any]], pid: int, helper: Fd, said: Fd) -> Launched:
     final = next((m["pid"] for m in messages if "pid" in m), None)
     error = next((m for m in messages if "step" in m), None)
     ready = next((m for m in messages if "unmet" in m), None)
@@ -306,7 +317,9 @@ def _result(
         pidfd.close()
         if error is not None:
             raise LaunchError(error["step"], error["errno"], error["text"])
-        words = os.pread(said.number, 4096, max(0, os.fstat(said.number).st_size - 4096)).decode(errors="replace")
+        words = os.pread(said.number, 4096, max(0, os.fstat(said.number).st_size - 4096)).decode(
+            errors="replace"
+        )
         raise LaunchError("launcher", errno.ECHILD, f"it died (wait status {status}): {words.strip()}")
     gained = _gained(likeness, pid)
     if gained:

@@ -267,7 +267,9 @@ def set_hard_limit(name: str, hard: int) -> None:
     try:
         resource.setrlimit(number, (low, hard))
     except (PermissionError, ValueError):
-        raise OSError(errno.EPERM, f"hard limit {hard} wanted, {hard_now} had, and no right to raise it") from None
+        raise OSError(
+            errno.EPERM, f"hard limit {hard} wanted, {hard_now} had, and no right to raise it"
+        ) from None
 
 
 def set_soft_limit(name: str, soft: int) -> None:

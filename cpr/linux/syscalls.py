@@ -21,7 +21,13 @@ _GENERIC = {"kcmp": 272, "sched_setattr": 274, "sched_getattr": 275, "ioprio_set
 _NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {"kcmp": 312, "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252},
     "s390x": {"kcmp": 343, "sched_setattr": 345, "sched_getattr": 346, "ioprio_set": 282, "ioprio_get": 283},
-    "ppc64le": {"kcmp": 354, "sched_setattr": 355, "sched_getattr": 356, "ioprio_set": 273, "ioprio_get": 274},
+    "ppc64le": {
+        "kcmp": 354,
+        "sched_setattr": 355,
+        "sched_getattr": 356,
+        "ioprio_set": 273,
+        "ioprio_get": 274,
+    },
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
     "loongarch64": _GENERIC,

@@ -151,7 +151,10 @@ def _differences(old: Likeness, new: Likeness) -> Iterator[tuple[str, str]]:
         yield "affinity", f"CPUs {sorted(old.affinity)} before, {sorted(new.affinity)} now"
     for name, word in (("cwd", "directory"), ("root", "root")):
         if getattr(old, f"{name}_identity") != getattr(new, f"{name}_identity"):
-            yield name, f"{getattr(old, name)} before, {getattr(new, name)} now, or another {word} of that name"
+            yield (
+                name,
+                f"{getattr(old, name)} before, {getattr(new, name)} now, or another {word} of that name",
+            )
     if old.seccomp != new.seccomp:
         yield "seccomp", f"mode {old.seccomp} before, {new.seccomp} now"
     elif (new.seccomp_filters or 0) < (old.seccomp_filters or 0):
@@ -191,4 +194,6 @@ def own_likeness() -> Likeness:
 
     from cpr.linux import syscalls
 
-    return dataclasses.replace(likeness_of(os.getpid()), securebits=syscalls.prctl(syscalls.PR_GET_SECUREBITS))
+    return dataclasses.replace(
+        likeness_of(os.getpid()), securebits=syscalls.prctl(syscalls.PR_GET_SECUREBITS)
+    )

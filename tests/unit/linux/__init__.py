@@ -1,0 +1,1 @@
+"""Parsers and decisions of cpr.linux, on recorded and on hostile texts."""
