@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cpr import survey
 from cpr.linux.fds import take_fd
 from cpr.model import Backing
 from cpr.qemu import qmp
-from cpr import survey
 from tests.qemu.surveying import KEYS, candidate, start, surveyed
 
 if TYPE_CHECKING:
