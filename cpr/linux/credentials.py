@@ -8,9 +8,12 @@ Out of scope: joining the user namespace, no_new_privs, security labels (launche
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpr.linux import syscalls as sc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECBIT_NOROOT = 1
 SETS = ("inheritable", "permitted", "effective", "bounding", "ambient")
@@ -27,21 +30,21 @@ def set_credentials(wanted: dict[str, Any]) -> list[str]:
     """
     uids, gids = wanted["uids"], wanted["gids"]
     if sorted(os.getgroups()) != sorted(wanted["groups"]):
-        os.setgroups(wanted["groups"])
+        _permitted(f"to have the groups {wanted['groups']}", os.setgroups, wanted["groups"])
     if list(os.getresgid()) != gids[:3]:
-        os.setresgid(*gids[:3])
+        _permitted(f"to become gid {gids[1]}", os.setresgid, *gids[:3])
     sets, unmet = before_exec(wanted)
     effective, permitted, inheritable = sc.capget()
     possible = sets["inheritable"] & (inheritable | permitted)
     if possible != inheritable:  # while the bounding set still allows it
         sc.capset(effective, permitted, possible)
     for number in bits(read_bounding() & ~sets["bounding"]):
-        sc.prctl(sc.PR_CAPBSET_DROP, number)
+        _permitted(f"to drop capability {number} from the bounding set", sc.prctl, sc.PR_CAPBSET_DROP, number)
     if wanted["securebits"] is not None and sc.prctl(sc.PR_GET_SECUREBITS) != wanted["securebits"]:
         sc.prctl(sc.PR_SET_SECUREBITS, wanted["securebits"])
     if list(os.getresuid()) != uids[:3]:
         sc.prctl(sc.PR_SET_KEEPCAPS, 1)
-        os.setresuid(*uids[:3])
+        _permitted(f"to become uid {uids[1]}", os.setresuid, *uids[:3])
     _, permitted, _ = sc.capget()
     kept = sets["permitted"] & permitted
     sc.capset(sets["effective"] & kept, kept, possible)
@@ -60,6 +63,14 @@ def set_credentials(wanted: dict[str, Any]) -> list[str]:
         if ids[3] != ids[1] or ids[2] != ids[1]:
             unmet.append(f"{name}: exec makes saved and file system ids the effective one, {ids[1]}")
     return unmet
+
+
+def _permitted(what: str, call: Callable[..., object], *arguments: Any) -> None:
+    """Call, and let EPERM say what was not permitted."""
+    try:
+        call(*arguments)
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"no right {what}") from None
 
 
 def before_exec(wanted: dict[str, Any]) -> tuple[dict[str, int], list[str]]:

@@ -24,7 +24,7 @@ from cpr.linux import cgroup, launcher, proc, procfile
 from cpr.linux.fds import Fd, open_pidfd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from cpr.linux.traits import Likeness
 
@@ -92,14 +92,18 @@ def launch(
         }
         here, said, pid = _spawn(held)
         helper = held.enter_context(open_pidfd(pid))
+        messages: list[dict[str, Any]] = []
         try:
             _send(here, spec, numbers, until)
-            messages = _replies(here, until)
-        except TimeoutError:
+            for message in _replies(here, until):
+                messages.append(message)
+        except BaseException as error:
             _end(pid, helper)
-            raise LaunchError("launcher", errno.ETIMEDOUT, f"not done within {timeout:g} s") from None
-        except BaseException:
-            _end(pid, helper)
+            for forked in [m["pid"] for m in messages if "pid" in m]:
+                with open_pidfd(forked) as pidfd:
+                    _end(forked, pidfd)
+            if isinstance(error, TimeoutError):
+                raise LaunchError("launcher", errno.ETIMEDOUT, f"not done within {timeout:g} s") from None
             raise
         return _result(likeness, messages, pid, helper, said)
 
@@ -110,43 +114,34 @@ def _spec(
     """The message to the helper, and the descriptors it names by index; those we open are closed by `held`."""
     numbers = [fd.number if isinstance(fd, Fd) else fd for fd in wanted.values()]
 
-    def hold(path: str, flags: int) -> int:
-        numbers.append(held.enter_context(Fd(os.open(path, flags | os.O_CLOEXEC))).number)
+    def hold(step: str, path: str, flags: int) -> int:
+        try:
+            numbers.append(held.enter_context(Fd(os.open(path, flags | os.O_CLOEXEC))).number)
+        except OSError as error:
+            raise LaunchError(step, error.errno or 0, f"{error.strerror}: {path}") from None
         return len(numbers) - 1
 
-    process = f"/proc/{likeness.pid}" if _lives(likeness) else None
+    lives = _lives(likeness)
+    process = f"/proc/{likeness.pid}"
+    directory = os.O_PATH | os.O_DIRECTORY
+    ours = proc.namespaces(os.getpid())
+    differing = [n for n in likeness.namespaces if n in ours and likeness.namespaces[n] != ours[n]]
+    if differing and not lives:
+        raise LaunchError(
+            "namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace"
+        )
     spec: dict[str, Any] = {
         "descriptors": list(zip(wanted, range(len(wanted)), strict=True)),
         "cgroups": _cgroup_directories(likeness),
-        "cwd": likeness.cwd,
-        "cwd_fd": None,
-        "root": None,
-        "proc": hold("/proc", os.O_PATH),
-        "namespaces": [],
+        "cwd": hold("cwd", f"{process}/cwd" if lives else likeness.cwd, directory),
+        "root": hold("root", f"{process}/root" if lives else likeness.root, directory),
+        "proc": hold("launcher", "/proc", directory),
+        "namespaces": [(name, hold("namespaces", f"{process}/ns/{name}", os.O_RDONLY)) for name in differing],
     }
-    ours = proc.namespaces(os.getpid())
-    differing = [n for n in likeness.namespaces if n in ours and likeness.namespaces[n] != ours[n]]
-    if process is None:
-        if differing:
-            raise LaunchError(
-                "namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace"
-            )
-    else:
-        try:
-            spec["cwd_fd"] = hold(f"{process}/cwd", os.O_PATH | os.O_DIRECTORY)
-            spec["root"] = hold(f"{process}/root", os.O_PATH | os.O_DIRECTORY)
-            for name in differing:
-                index = hold(f"{process}/ns/{name}", os.O_RDONLY)
-                found = os.fstat(numbers[index])
-                if (found.st_dev, found.st_ino) != likeness.namespaces[name]:
-                    raise LaunchError(
-                        "namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace"
-                    )
-                spec["namespaces"].append((name, index))
-        except LaunchError:
-            raise
-        except OSError as error:
-            raise LaunchError("namespaces", error.errno or 0, f"{error.strerror}: {error.filename}") from None
+    for name, index in spec["namespaces"]:
+        found = os.fstat(numbers[index])
+        if (found.st_dev, found.st_ino) != likeness.namespaces[name]:
+            raise LaunchError("namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace")
     spec |= _credentials(likeness, "user" in differing)
     label = likeness.security_label
     spec["security_label"] = None if label == proc.security_label(os.getpid()) else label
@@ -275,7 +270,7 @@ def _wait(sock: socket.socket, until: float) -> None:
     sock.settimeout(max(0.001, until - time.monotonic()))
 
 
-def _replies(sock: socket.socket, until: float) -> list[dict[str, Any]]:
+def _replies(sock: socket.socket, until: float) -> Iterator[dict[str, Any]]:
     """Everything that the helper says until its end of the socket is closed: by exec, or with its life."""
     data = b""
     while True:
@@ -285,8 +280,9 @@ def _replies(sock: socket.socket, until: float) -> list[dict[str, Any]]:
         except ConnectionResetError:
             part = b""
         if not part:
-            return [json.loads(line) for line in data.split(b"\n")[:-1]]
-        data += part
+            return
+        *lines, data = (data + part).split(b"\n")
+        yield from map(json.loads, lines)
 
 
 def _end(pid: int, pidfd: Fd) -> int:

@@ -93,7 +93,7 @@ class Launcher:
         self.step("security label", self.set_security_label)
         self.unmet += self.step("credentials", set_credentials, spec)
         if not there:
-            self.step("cwd", self.change_directory, False)
+            self.change_directory(False)
         if spec["no_new_privs"]:
             self.step("no_new_privs", sc.prctl, sc.PR_SET_NO_NEW_PRIVS, 1)
         elif sc.prctl(sc.PR_GET_NO_NEW_PRIVS):
@@ -203,30 +203,21 @@ class Launcher:
             os._exit(0)
 
     def change_root(self) -> None:
-        index = self.spec["root"]
-        if index is None:
-            return
-        wanted, now = os.fstat(self.fds[index]), os.stat("/")
+        root = self.fds[self.spec["root"]]
+        wanted, now = os.fstat(root), os.stat("/")
         if (wanted.st_dev, wanted.st_ino) != (now.st_dev, now.st_ino):
-            os.fchdir(self.fds[index])
+            os.fchdir(root)
             os.chroot(".")
 
     def change_directory(self, retry: bool) -> bool:
-        """Into the very directory, by descriptor, or by its path where nobody is there to ask. False: try later.
-
-        A directory may be closed to root (NFS) and open to the user whom we become.
-        """
+        """Into the very directory, by descriptor. False: try later, as it may be closed to root and open to the
+        user whom we become (NFS)."""
         try:
-            if self.spec["cwd_fd"] is not None:
-                os.fchdir(self.fds[self.spec["cwd_fd"]])
-            else:
-                os.chdir(self.spec["cwd"])
-        except PermissionError:
-            if not retry:
-                raise
-            return False
-        except OSError as error:
-            raise StepError("cwd", error.errno or 0, f"{error.strerror}: {self.spec['cwd']}") from None
+            self.step("cwd", os.fchdir, self.fds[self.spec["cwd"]])
+        except StepError as error:
+            if retry and error.number == errno.EACCES:
+                return False
+            raise
         return True
 
     def set_security_label(self) -> None:

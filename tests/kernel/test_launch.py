@@ -200,6 +200,7 @@ def test_no_right_to_become_that_user() -> None:
                     dataclasses.replace(like, **change), argv=FOREVER, environ=(), executable=(SLEEP, None)
                 )
             assert (caught.value.step, caught.value.errno) == ("credentials", 1)
+            assert "no right" in str(caught.value)
 
     assert can(without_right)
 
@@ -450,6 +451,20 @@ def test_pid_namespace_and_still_our_child() -> None:
             new.kill()
             assert new.wait_dead(5)
             assert new.status == -signal.SIGKILL
+
+
+def _unshare_time_and_cgroup() -> None:
+    sc.unshare(sc.CLONE_NEWCGROUP | sc.CLONE_NEWTIME)
+
+
+@needs("make time and cgroup namespaces", _unshare_time_and_cgroup)
+def test_time_and_cgroup_namespaces() -> None:
+    with child(prepare=_unshare_time_and_cgroup) as pid:
+        like = likeness_of(pid)
+        assert like.namespaces["cgroup"] != me().namespaces["cgroup"]
+        with started(like) as new:
+            assert new.unmet == ()
+            assert differences(like, likeness_of(new.pid)) == ()
 
 
 @needs_user_namespaces
