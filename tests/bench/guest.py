@@ -48,6 +48,9 @@ class Case:
     load: str
     accel: str = "tcg"
 
+    def __str__(self) -> str:
+        return f"{self.old.version} -> {self.new.version}, {size_name(self.size)}, {self.load}"
+
     @property
     def machine(self) -> str:
         """The machine type an old QEMU means by q35; the new one must be told, it means a newer one."""
@@ -57,6 +60,14 @@ class Case:
     def patience(self) -> float:
         """How many seconds a guest of this size may take to fill or to check its RAM once."""
         return 30 + 15 * self.size / 2**30
+
+
+def size_name(size: int) -> str:
+    """Bytes in the largest binary unit that fits."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size and size % 2**shift == 0:
+            return f"{size >> shift} {unit}"
+    return f"{size} bytes"
 
 
 class Memory:

@@ -6,7 +6,8 @@ Nothing is left behind by a sample, whatever happened in it. Out of scope: what 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import subprocess
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,39 +35,58 @@ class Kept:
     ram: bool
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A way in a case: what a row of the table is about."""
+
+    case: Case
+    way: Way
+
+    def __str__(self) -> str:
+        return f"{self.case}, {self.way.name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One move. blackout and seconds in seconds. failed: why it is not a figure; the others are then of no meaning."""
 
-    case: Case
-    way: str
+    cell: Cell
     blackout: float = 0.0
     seconds: float = 0.0
     kept: Kept | None = None
     failed: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Results:
-    """All samples of a run, and why some ways were not measured in some cases."""
+    """All samples of a run so far, and why some cells are not measured."""
 
-    cases: tuple[Case, ...]
-    ways: tuple[str, ...]
+    cells: Sequence[Cell]
     runs: int
     samples: list[Sample] = field(default_factory=list)
-    missing: dict[tuple[Case, str], str] = field(default_factory=dict)
+    missing: dict[Cell, str] = field(default_factory=dict)
 
-    def of(self, case: Case, way: str) -> list[Sample]:
-        """The samples of a way in a case."""
-        return [sample for sample in self.samples if sample.case == case and sample.way == way]
+    @property
+    def cases(self) -> list[Case]:
+        """The cases, in their order."""
+        return list(dict.fromkeys(cell.case for cell in self.cells))
 
-    def good(self, case: Case, way: str) -> list[Sample]:
+    def of(self, cell: Cell) -> list[Sample]:
+        """The samples of a cell."""
+        return [sample for sample in self.samples if sample.cell == cell]
+
+    def good(self, cell: Cell) -> list[Sample]:
         """Those that are figures."""
-        return [sample for sample in self.of(case, way) if not sample.failed]
+        return [sample for sample in self.of(cell) if not sample.failed]
+
+    def hopeless(self, cell: Cell) -> bool:
+        """It has only ever failed."""
+        return len(self.of(cell)) >= GIVEN_UP_AFTER and not self.good(cell)
 
 
-def sample(case: Case, way: Way, memory: Memory) -> Sample:
+def sample(cell: Cell, memory: Memory) -> Sample:
     """Start a guest, move it, see whether it is well."""
+    case, way = cell.case, cell.way
     try:
         with Lab() as lab, contextlib.closing(BenchGuest(lab, case, memory.get(case.size), native=way.native)) as guest:
             guest.boot()
@@ -83,61 +103,49 @@ def sample(case: Case, way: Way, memory: Memory) -> Sample:
                 connection=connected,
                 ram=ram_identity(moved.process.pid) == ram,
             )
-            return Sample(case=case, way=way.name, blackout=moved.blackout, seconds=moved.seconds, kept=kept)
-    except (WayFailed, LabError, CprError, OSError, TimeoutError) as error:
-        return Sample(case=case, way=way.name, failed=" ".join(str(error).split()) or type(error).__name__)
+            return Sample(cell=cell, blackout=moved.blackout, seconds=moved.seconds, kept=kept)
+    except (WayFailed, LabError, CprError, OSError, ValueError, subprocess.SubprocessError) as error:
+        return Sample(cell=cell, failed=" ".join(str(error).split()) or type(error).__name__)
 
 
-def schedule(cases: Sequence[Case], ways: Sequence[Way], runs: int) -> Iterator[tuple[int, Case, Way]]:
-    """Who comes when: round after round, each way once in each case, and each round begins with another way."""
-    turns = [(case, way) for case in cases for way in ways]
+def schedule(cells: Sequence[Cell], runs: int) -> Iterator[tuple[int, Cell]]:
+    """Who comes when: round after round (counted from 0) each cell once; each round begins with another cell."""
     for round_ in range(runs):
-        first = round_ % len(turns)
-        for case, way in turns[first:] + turns[:first]:
-            if way.due(case, round_):
-                yield round_, case, way
+        first = round_ % len(cells)
+        for cell in [*cells[first:], *cells[:first]]:
+            if cell.way.due(cell.case, round_):
+                yield round_, cell
 
 
-def missing(case: Case, way: Way, available: int) -> str | None:
-    """Why a way is not measured in a case, or None. available: bytes of memory beside that of the guests."""
-    if reason := way.missing(case):
-        return reason
-    if way.memory(case) > available:
-        return f"needs {way.memory(case) / 2**30:.1f} GiB of memory, {max(available, 0) / 2**30:.1f} are free"
-    return None
-
-
-def run(
-    cases: Sequence[Case],
-    ways: Sequence[Way],
-    runs: int,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Results:
-    """Measure every way in every case `runs` times, in turns. tell: is given a line a sample."""
-    results = Results(cases=tuple(cases), ways=tuple(way.name for way in ways), runs=runs)
-    available = memory_available() - sum({case.size for case in cases})
-    for case in cases:
-        for way in ways:
-            if reason := missing(case, way, available):
-                results.missing[case, way.name] = reason
-    failures: Counter[tuple[Case, str]] = Counter()
-    with Memory() as memory:
-        for round_, case, way in schedule(cases, ways, runs):
-            key = case, way.name
-            hopeless = failures[key] >= GIVEN_UP_AFTER and not results.good(*key)
-            if key in results.missing or hopeless:
-                continue
-            one = sample(case, way, memory)
-            results.samples.append(one)
-            failures[key] += bool(one.failed)
-            figure = one.failed[:300] or f"blackout {one.blackout * 1000:.1f} ms, {one.seconds:.2f} s in all"
-            tell(f"round {round_ + 1} of {runs}: {case_name(case)}, {way.name}: {figure}")
+def plan(cells: Sequence[Cell], runs: int) -> Results:
+    """What can be measured here, and why the rest cannot."""
+    results = Results(cells=tuple(cells), runs=runs)
+    available = memory_available() - sum({cell.case.size for cell in cells})
+    for cell in cells:
+        needed = cell.way.memory(cell.case)
+        if reason := cell.way.missing(cell.case):
+            results.missing[cell] = reason
+        elif needed > available:
+            free = f"{max(available, 0) / 2**30:.1f} are free beside the guests"
+            results.missing[cell] = f"needs {needed / 2**30:.1f} GiB more memory, {free}"
     return results
 
 
-def case_name(case: Case) -> str:
-    """A case in words."""
-    return f"{case.old.version} -> {case.new.version}, {case.size >> 20} MiB, {case.load}"
+def run(results: Results, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Measure what was planned, in turns. tell: is given a line a sample."""
+    turns = [turn for turn in schedule(results.cells, results.runs) if turn[1] not in results.missing]
+    began = time.monotonic()
+    with Memory() as memory:
+        for done, (round_, cell) in enumerate(turns, 1):
+            if results.hopeless(cell):
+                continue
+            one = sample(cell, memory)
+            results.samples.append(one)
+            figure = f"FAILED: {one.failed[:300]}"
+            if not one.failed:
+                figure = f"blackout {one.blackout * 1000:.1f} ms, {one.seconds:.2f} s in all"
+            left = (time.monotonic() - began) / done * (len(turns) - done) / 60
+            tell(f"round {round_ + 1} of {results.runs}, {left:.0f} min left: {cell}: {figure}")
 
 
 def memory_available() -> int:
