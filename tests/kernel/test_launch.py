@@ -20,7 +20,7 @@ from cpr.linux import syscalls as sc
 from cpr.linux.capabilities import mask
 from cpr.linux.fds import Fd, descriptor_table
 from cpr.linux.likeness import LaunchError, Likeness, differences, likeness_of
-from cpr.linux.process import Process
+from cpr.linux.process import Process, open_process
 from tests.kernel.support import (
     FOREVER,
     SLEEP,
@@ -451,6 +451,9 @@ def test_pid_namespace_and_still_our_child() -> None:
             new.kill()
             assert new.wait_dead(5)
             assert new.status == -signal.SIGKILL
+        with open_process(first) as process:
+            process.kill()
+            assert process.wait_dead(5)
 
 
 def _unshare_time_and_cgroup() -> None:

@@ -55,6 +55,7 @@ def test_run_when_a_daemon_keeps_the_pipes() -> None:
     with open_process(int(caught.value.completed.stdout)) as process:
         assert proc.read_argv(process.pid) == ("sleep", "1000")
         process.kill()
+        assert process.wait_dead(5)
 
 
 def test_open_process_kill_and_reap() -> None:
