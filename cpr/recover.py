@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from cpr import errors
 from cpr.engines.successor import run_mark
+from cpr.engines.taps import restore_queue
 from cpr.errors import Busy, CprError, Exit, JournalError, NotFound
 from cpr.journal import Record, journal_files, read, run_directory
 from cpr.linux import proc
+from cpr.linux.fds import take_fd
 from cpr.linux.lock import LockHeld, process_lock
 from cpr.linux.process import Process, open_process
+from cpr.linux.tun import Queue
 from cpr.model import MonitorAddress, Outcome, Runstate, Status
 from cpr.qemu import migration, qmp
 from cpr.run import resume_old
@@ -85,6 +88,7 @@ def _back(record: Record) -> Outcome:
     if old is None:
         where = "the guest's process has ended by itself"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
+    _restore_taps(record, old)
     guest = record.header["guest"]
     try:
         with _monitor(record, record.pid) as monitor:
@@ -99,6 +103,16 @@ def _back(record: Record) -> Outcome:
         where = f"{errors.NEEDS_YOU}: the old QEMU (pid {record.pid}) is {status}"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, record.pid)
     return _outcome(record, Status.ROLLED_BACK, Exit.ROLLED_BACK, errors.AS_BEFORE, record.pid, runstate=status)
+
+
+def _restore_taps(record: Record, old: Process) -> None:
+    """Header size, offloads and attachment of tap queues, which the new QEMU changed at its start."""
+    fact = record.facts.get("taps")
+    if fact is None:
+        return
+    for number, settings in zip(fact["numbers"], fact["settings"], strict=False):
+        with contextlib.suppress(OSError, TypeError), take_fd(old.pidfd, int(number)) as fd:
+            restore_queue(fd, Queue(**settings))
 
 
 def _forward(record: Record) -> Outcome:

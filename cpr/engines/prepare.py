@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.engines.taps import TapGuard
 from cpr.errors import MonitorError, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
 from cpr.linux.process import Process
@@ -183,6 +184,7 @@ class StartNew(Step):
         run.words = _words_of(run.descriptors.get("stdio:2"))
         like = likeness.likeness_of(self.guest.process.pid)
         run.extra["placement"] = likeness.thread_placement(self.guest.process.pid)
+        self._guard_taps(run)
         run.journal.fact("starting", run=self.run_id)
         try:
             launched = likeness.launch(
@@ -210,6 +212,15 @@ class StartNew(Step):
         if different:
             raise StepFailed(self.describe(), "it is not like the old one: " + "; ".join(different))
 
+    def _guard_taps(self, run: Run) -> None:
+        shared = {e.name: run.descriptors[e.name] for e in self.successor.inherited if e.name.startswith("tap:")}
+        if not shared:
+            return
+        guard = run.extra["taps"] = TapGuard(shared)
+        numbers = [e.source for e in self.successor.inherited if e.name in shared]
+        run.journal.fact("taps", numbers=numbers, settings=guard.settings())
+        guard.start()
+
     def _greet(self, run: Run, control: socket.socket) -> qmp.Monitor:
         """Wait for the greeting, or for the new QEMU's end."""
         assert run.new is not None
@@ -234,6 +245,9 @@ class StartNew(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        guard: TapGuard | None = run.extra.pop("taps", None)
+        if guard is not None:
+            guard.restore()
         if run.new_monitor is not None:
             run.new_monitor.close()
         run.new_monitor = None

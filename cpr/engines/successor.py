@@ -31,7 +31,8 @@ CONTROL = "cpr-control"
 DROPPED_VARIABLES = re.compile(r"^(CPR_|QEMU_FD_|QEMU_BOOL_|QEMU_CPR_|QEMU_ADDR_|QEMU_LEN_|QEMU_START_FREEZE$)")
 """Planted or left over: never acted on, never passed on."""
 
-DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "readconfig")
+DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "readconfig", "dump-vmstate", "D")
+"""-D: a second QEMU would truncate the log of the first; it logs to standard error instead."""
 
 VHOST_NET = "/dev/vhost-net"
 
@@ -83,10 +84,8 @@ class _Numbers:
 def base_command(guest: Guest) -> cl.CommandLine:
     """The guest's command line as if it had been written out in full: no -readconfig, every chardev with its label."""
     files = dict(guest.config_files)
-    line = cl.CommandLine.parse(guest.argv)
-    line = inline_readconfig(line, lambda path: files[path])
-    line = cl.remove_appended(line, guest.added_options)
-    return cl.normalise_chardevs(line)
+    line = cl.remove_appended(cl.CommandLine.parse(guest.argv), guest.added_options)
+    return cl.normalise_chardevs(inline_readconfig(line, lambda path: files[path]))
 
 
 def controls(guest: Guest) -> str:
@@ -151,8 +150,7 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
         )
     translation = translate(line, target.options)
     notes += translation.changes
-    line = cl.append_options(translation.cmdline, target.extra_options)
-    line = cl.for_incoming(line)
+    line = cl.append_options(cl.for_incoming(translation.cmdline), target.extra_options)
     return Successor(
         argv=tuple(line.argv()),
         environ=_environ(guest, target, run_id),

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds
 from cpr.model import BlockChain, Chardev, Guest, Runstate, Step
@@ -118,6 +119,8 @@ def _chain(chain: BlockChain | None) -> str:
 class MoveState(Step):
     """`migrate`, without `stop`: the setup happens while the guest runs, QEMU stops it at the last moment.
 
+    Only a guest with several queues on a tap is stopped first (taps.py).
+
     Allowed because every RAM block is proven to be skipped (check `ram-not-skipped`): one that is not would write stale
     pages over live ones.
     """
@@ -134,6 +137,11 @@ class MoveState(Step):
         seen_old, seen_new = run.monitor.event_count, run.successor.event_count
         run.extra["seen_old"] = seen_old
         run.blackout_began = time.monotonic()
+        guard: TapGuard | None = run.extra.get("taps")
+        if guard is not None and guard.several:
+            if self.guest.running:
+                run.monitor.execute("stop")
+            guard.hand_over()
         run.monitor.execute("migrate", uri="fd:cpr-stream")
         self._await(run, run.successor, seen_new)
         run.extra["chains"] = run.monitor.submit("query-block")  # its reply is awaited by the next step
@@ -141,6 +149,8 @@ class MoveState(Step):
         if self.guest.running:
             stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old)
             run.stop_time = stop.timestamp if stop is not None else None
+        if guard is not None:
+            guard.stop()
         if any(event.name == "RESUME" for event in run.successor.events()[seen_new:]):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 

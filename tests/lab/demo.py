@@ -34,9 +34,7 @@ def say(text: str = "") -> None:
 def cpr(*words: str, show: bool = True, good: tuple[int, ...] = (0,)) -> str:
     """Call the command as a user would; its output, shown as it is."""
     say(f"\n{BOLD}$ cpr {shlex.join(words)}{OFF}")
-    result = subprocess.run(
-        [sys.executable, "-m", "cpr", *words], stdout=subprocess.PIPE, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-m", "cpr", *words], stdout=subprocess.PIPE, text=True, check=False)
     if show:
         sys.stdout.write(result.stdout)
         sys.stdout.flush()
@@ -76,7 +74,21 @@ def demo() -> int:
         console_path = lab.directory / "console"
         command = [
             *map(str, oldest.command),
-            *["-machine", "q35", "-accel", "tcg", "-cpu", "qemu64", "-m", "256M", "-smp", "2", "-nodefaults", "-display", "none"],
+            *[
+                "-machine",
+                "q35",
+                "-accel",
+                "tcg",
+                "-cpu",
+                "qemu64",
+                "-m",
+                "256M",
+                "-smp",
+                "2",
+                "-nodefaults",
+                "-display",
+                "none",
+            ],
             *f"-chardev socket,id=console,path={console_path},server=on,wait=off -serial chardev:console".split(),
             *f"-qmp unix:{lab.directory}/qmp,server=on,wait=off".split(),
             *f"-drive file={disk},if=virtio,format=qcow2".split(),
@@ -84,9 +96,7 @@ def demo() -> int:
             *["-device", "virtio-net-pci,netdev=net0"],
             *guest.arguments(f"cpr.ip={network.guest}/{network.bits}"),
         ]
-        say(
-            f"\nThe guest: Linux with a disk it writes and verifies, and a network card, under QEMU {oldest.version}."
-        )
+        say(f"\nThe guest: Linux with a disk it writes and verifies, and a network card, under QEMU {oldest.version}.")
         started = cpr("run", "--name", "demo", "--", *command, show=False)
         pid = int("".join(c if c.isdigit() else " " for c in started.split("pid", 1)[-1]).split()[0])
         lab.adopt(pid)
@@ -121,18 +131,12 @@ def show(lab: Lab, network: tap.Tap, log: LinuxLog, pid: int, newest: qemu.QemuB
     say(f"  pid           {result['pid_before']} -> {result['pid_after']}")
     say(f"{BOLD}What did not{OFF}")
     say(f"  uptime        {before:.1f} s -> {after:.1f} s, boots seen: {len(log.boot_ids)}")
-    say(
-        f"  console       the same connection, {len(log.ticks) - ticks} more ticks, lost or repeated: {len(log.jumps)}"
-    )
+    say(f"  console       the same connection, {len(log.ticks) - ticks} more ticks, lost or repeated: {len(log.jumps)}")
     say(f"  disk          {log.disk_ok} blocks written and verified, bad: {len(log.disk_bad)}")
-    say(
-        f"  pings         {pings.sent} sent, {pings.lost} lost, longest silence {pings.longest_silence * 1000:.0f} ms"
-    )
+    say(f"  pings         {pings.sent} sent, {pings.lost} lost, longest silence {pings.longest_silence * 1000:.0f} ms")
     say(f"  TCP stream    {stream.received} bytes, every one as expected: {'yes' if stream.sound else 'NO'}")
     say(f"\n{BOLD}Blackout (vCPUs stood still): {result['blackout_seconds'] * 1000:.1f} ms{OFF}")
-    say(
-        f"  longest silence on the console: {gap:.0f} ms (under emulation translated code is lost and made again)"
-    )
+    say(f"  longest silence on the console: {gap:.0f} ms (under emulation translated code is lost and made again)")
     return 0 if log.sound and stream.sound and result["status"] == "updated" else 1
 
 

@@ -91,9 +91,8 @@ class Command:
 
     def update(self, guest: object, target: QemuBuild, *words: object, **environment: str) -> Result:
         """`cpr update --restart GUEST --qemu TARGET -y --json`; the new process ends with the lab."""
-        result = self(
-            "update", "--restart", guest, "--qemu", target.binary, "-y", "--json", *words, **environment
-        )
+        call = ("update", "--restart", guest, "--qemu", target.binary, "-y", "--json", *words)
+        result = self(*call, timeout=120, **environment)
         if result.out.startswith("{"):
             for entry in result.json.get("guests", []):
                 for pid in {entry.get("pid_before"), entry.get("pid_after")} - {None, 0}:

@@ -53,10 +53,13 @@ class Note(Step):
             raise StepFailed("undo", "cannot")
 
 
-def make(tmp_path: Path, sleeper: subprocess.Popen[bytes], *steps: Step, **how: Any) -> tuple[Run, list[dict[str, Any]]]:
+Events = list[dict[str, Any]]
+
+
+def make(tmp_path: Path, sleeper: subprocess.Popen[bytes], *steps: Step, **how: Any) -> tuple[Run, Events]:
     process = open_process(sleeper.pid)
     plan = values.plan(*steps, pid=process.pid, start_time=process.start_time)
-    events: list[dict[str, Any]] = []
+    events: Events = []
     run = Run(
         plan=plan,
         journal=journal.Journal(plan, "run-1", directory=str(tmp_path)),
@@ -121,7 +124,7 @@ def test_a_new_qemu_that_dies_after_the_commit_is_a_crash(tmp_path: Path, sleepe
             run.new.kill()
             run.new.wait_dead(5)
 
-        run, _ = make(tmp_path, sleeper, Note(name="a", commit=True, effect=dies, fails="gone"), Note(name="end the old"))
+        run, _ = make(tmp_path, sleeper, Note(name="a", commit=True, effect=dies, fails="gone"), Note(name="last"))
         outcome = run.execute()
         assert run.notes == ["do a"]
         assert outcome.exit_code == Exit.NEEDS_ATTENTION
