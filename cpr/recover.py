@@ -9,6 +9,7 @@ whose keeper lives is left alone.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
@@ -45,8 +46,10 @@ def recover(run_id: str | None = None, *, base: str | None = None) -> Iterator[t
         except (JournalError, NotFound) as error:
             yield None, _unreadable(path, error)
             continue
-        if record.open:
+        if record.open and _trusted(record):
             yield record, recover_one(record, base=base)
+        elif record.open:
+            yield None, _unreadable(path, JournalError(f"{path}: written by a user whose guest this is not"))
 
 
 def recover_one(record: Record, *, base: str | None = None) -> Outcome:
@@ -74,6 +77,17 @@ def recover_one(record: Record, *, base: str | None = None) -> Outcome:
             return outcome
     except LockHeld as held:
         raise Busy(f"run {record.run} still works on pid {record.pid}", held.holder) from None
+
+
+def _trusted(record: Record) -> bool:
+    """Anybody may put a file there: root acts on its own journals, and on users' for their own guests."""
+    owner = os.stat(record.path).st_uid
+    if owner in (0, os.geteuid()):
+        return True
+    for process in (_old(record), _new(record)):
+        if process is not None and proc.read_status(process.pid).uids[0] != owner:
+            return False
+    return os.geteuid() == 0
 
 
 def _back(record: Record) -> Outcome:
