@@ -130,10 +130,8 @@ def sentence(event: Mapping[str, Any], *, live: bool = False) -> str:
             return _step(event, live)
         case "blackout":
             return f"the vCPUs stood still for {milliseconds(float(event.get('seconds', 0)))}"
-        case "outcome":
-            paused = event.get("blackout_seconds")
-            stood = f", paused {milliseconds(float(paused))}" if paused is not None else ""
-            return f"{event.get('status')}: {event.get('where', '')}{stood}"
+        case "outcome":  # elsewhere it is the command's result, on standard output
+            return f"{event.get('status')}".replace("_", " ") if live else ""
         case "note":
             return str(event.get("text", ""))
     return ""

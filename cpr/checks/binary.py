@@ -92,7 +92,7 @@ def cpu_differs(rehearsal: Rehearsal) -> Iterator[Finding]:
         yield warning(
             "cpu",
             f"the vCPUs of the new QEMU differ: {some(rehearsal.cpu_differences)}",
-            "a concrete CPU model instead of host or max keeps them alike",
+            "under KVM a concrete CPU model instead of host or max keeps them alike",
         )
 
 

@@ -111,10 +111,10 @@ def drift_object(guest: Guest, command: CommandLine) -> Iterator[Finding]:
 
 @check("drift-chardev", "Chardevs that were made since the start", ignorable=False)
 def drift_chardev(guest: Guest, rehearsal: Rehearsal | None = None) -> Iterator[Finding]:
-    """Every chardev is on the command line, or one that QEMU makes by itself."""
+    """Every chardev is on the command line, or one that QEMU makes by itself (the gdb stub's `#chr7` among them)."""
     fresh = set(rehearsal.chardevs) if rehearsal is not None and rehearsal.started else set()
     for chardev in guest.chardevs:
-        if not chardev.in_argv and chardev.label not in fresh:
+        if not chardev.in_argv and chardev.label not in fresh and chardev.backend != "gdb":
             yield blocker(
                 chardev.label,
                 f"chardev {chardev.label} ({chardev.filename}) was made while the guest ran and is not on the command "

@@ -82,5 +82,6 @@ def test_milliseconds(seconds: float, text: str) -> None:
 
 
 def test_the_outcome_in_words() -> None:
-    said = sentence({"event": "outcome", "status": "updated", "where": "x", "blackout_seconds": 0.0041})
-    assert said == "updated: x, paused 4.1 ms"
+    event = {"event": "outcome", "status": "rolled_back", "where": "x", "blackout_seconds": None}
+    assert sentence(event, live=True) == "rolled back"
+    assert sentence(event) == ""

@@ -178,6 +178,8 @@ DRIFT = [
     Case("drift-chardev", "made later", guest(chardevs=(chardev("c9", in_argv=False),)), [(B, "c9")]),
     Case("drift-chardev", "made by the rehearsed start too", guest(chardevs=(chardev("c9", in_argv=False),)), [],
          {"rehearsal": rehearsal(chardevs=("c9",))}),
+    Case("chardev-not-movable", "the gdb stub's own", guest(chardevs=(chardev("#chr1", backend="gdb", server=False),))),
+    Case("drift-chardev", "the gdb stub's own", guest(chardevs=(chardev("#chr1", backend="gdb", in_argv=False),))),
     Case("drift-chardev", "in argv", guest(chardevs=(chardev(),))),
     Case("drift-netdev", "made later", guest(netdevs=(netdev(in_argv=False),)), [(B, "net0")]),
     Case("drift-netdev", "in argv", guest(netdevs=(netdev(),))),
