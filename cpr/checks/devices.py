@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 HANDOVER = ("handover",)
 
-MOVABLE_CHARDEVS = frozenset({"socket", "file", "null", "vc", "ringbuf", "memory", "hub", "mux", "testdev", "gdb", "unknown"})
+MOVABLE_CHARDEVS = frozenset(
+    {"socket", "file", "null", "vc", "ringbuf", "memory", "hub", "mux", "testdev", "gdb", "unknown"}
+)
 """Back ends that a second QEMU can have at the same time, or be given by descriptor. `unknown` is not on the command
 line: that is drift."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 0.3
+"""Of processor time: the clock on the wall also counts whatever else the machine is doing."""
 HEAVY = ("qemu", "asyncio", "psutil", "subprocess", "rich", "cpr.app", "cpr.engines", "cpr.linux", "cpr.checks")
 
 
@@ -24,15 +25,14 @@ def test_help_is_quick() -> None:
     call("-m", "cpr", "--help")  # once for the caches
     times = []
     for _ in range(5):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert "update" in call("-m", "cpr", "--help").stdout
-        times.append(time.monotonic() - began)
-    assert min(times) < SECONDS
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < SECONDS, times
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     script = "import sys, cpr.cli.main; print('\\n'.join(sys.modules))"
     loaded = set(call("-c", script).stdout.split()) - {"subprocess"}  # typer itself does
     assert not {name for name in HEAVY if name in loaded}
-
-
