@@ -28,7 +28,8 @@ from tests.lab.counting import CountingLog
 from tests.lab.linux import LinuxLog
 from tests.lab.qemu import QemuBuild
 
-MARK = "CPR_LAB"  # environment variable that says which lab a process belongs to
+# Says which lab a process belongs to. Not CPR_...: an update leaves those out of the new QEMU's environment.
+MARK = "QEMU_LAB"
 
 # A background job of a shell that exits is an orphan at once; `setsid` then execs without a further fork,
 # so that $! is the program's pid.

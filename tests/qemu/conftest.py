@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.lab import LabError, qemu
-from tests.lab.start import Lab
+from tests.lab.start import MARK, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,7 +127,7 @@ def qemus_of(lab: Lab) -> list[int]:
             continue
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
-                mine = f"CPR_LAB={lab.directory}".encode() in file.read().split(b"\0")
+                mine = f"{MARK}={lab.directory}".encode() in file.read().split(b"\0")
             exe = os.readlink(f"/proc/{name}/exe")
             with open(f"/proc/{name}/comm") as file:
                 comm = file.read()
