@@ -10,6 +10,7 @@
 #
 # Kernel command line: cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
 # the numbers from 1 on, a line each, as fast as it goes, port 20 eight of them each hundredth of a second.
+# Virtio ports that are called cpr.echo.something echo what comes in on them.
 
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
@@ -68,6 +69,13 @@ echo_console() {
     done
 }
 
+echo_port() {
+    while :; do
+        cat             # ends when nobody is connected
+        pause 0.5
+    done
+}
+
 [ -b /dev/vda ] && disk &
 echo_console < /dev/console &
 for word in $(cat /proc/cmdline); do
@@ -87,6 +95,11 @@ for word in $(cat /proc/cmdline); do
             cpu=$((cpu + 1))
         done
         ;;
+    esac
+done
+for port in /sys/class/virtio-ports/*; do
+    case $(cat "$port/name" 2> /dev/null) in
+    cpr.echo.*) echo_port <> "/dev/${port##*/}" >&0 & ;;
     esac
 done
 if [ -x /usr/sbin/qemu-ga ]; then
