@@ -163,8 +163,7 @@ class _Survey:
         serial = chardevs.chardevs(answers, command, endpoints, pid=pid)
         vnc = devices.vnc_servers(answers, endpoints)
         spice, spice_ports = devices.spice(answers)
-        netdevs = network.netdevs(answers, command, table)
-        usernet = network.parse_usernet(answers.human("info usernet")) if any(n.type == "user" for n in netdevs) else ()
+        netdevs, usernet = network.netdevs(answers, command, table)
         fdsets = devices.fdsets(answers)
         migration, reasons = answers.read("query-migrate", parse_migrate, ("", ()))
         named = [*descriptors.node_names(nodes), *files.owned_files(command, dict(environ))]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FRAMED = ("telnet", "tn3270", "websocket")
 GDB = "gdb"
 """The label of the gdb stub's chardev (gdbstub/system.c)."""
+OWN_LABEL = "#"
+"""Begins the labels that QEMU makes up (util/id.c id_generate); nobody else may use it."""
 MUX_BASE = "-base"
 """What QEMU adds to the label of the chardev below a multiplexer (chardev/char.c)."""
 
@@ -67,8 +69,14 @@ def host_port(address: str) -> tuple[str, int]:
 
 
 def parse_chardevs(reply: Any) -> tuple[tuple[str, str, bool], ...]:
-    """(label, filename, frontend-open), in the order of their labels' appearance in QEMU, which is none."""
-    return tuple((text(e["label"]), text(e["filename"]), flag(e["frontend-open"])) for e in mappings(reply))
+    """(label, filename, frontend-open), by label.
+
+    A label that QEMU made up (#chr030) is another in every process: it is replaced by one that stays, `#chr0`.
+    """
+    entries = sorted((text(e["label"]), text(e["filename"]), flag(e["frontend-open"])) for e in mappings(reply))
+    made_up = [label for label, _, _ in entries if label.startswith(OWN_LABEL)]
+    stable = {label: f"{OWN_LABEL}chr{number}" for number, label in enumerate(made_up)}
+    return tuple((stable.get(label, label), filename, opened) for label, filename, opened in entries)
 
 
 def monitor_objects(answers: Answers) -> dict[str, str]:
@@ -124,7 +132,7 @@ def join(
                 opened,
                 what,
                 argv,
-                in_argv=argv is not None or label in implicit or cmdline is None,
+                in_argv=argv is not None or label in implicit or label.startswith(OWN_LABEL) or cmdline is None,
                 mode=modes.get(label, ""),
                 table=table,
                 pid=pid,

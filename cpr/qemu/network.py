@@ -30,6 +30,8 @@ class Listed:
     """One line of `info network`: a queue of a back end."""
 
     id: str
+    name: str
+    """As QEMU calls it; differs from `id` where QEMU made it up."""
     type: str
     ifname: str = ""
     number: int | None = None
@@ -37,16 +39,23 @@ class Listed:
 
 
 def parse_network(printed: str) -> tuple[Listed, ...]:
-    r"""Back ends stand alone (`t0: index=0,type=tap,...`) or below their NIC (` \ t0: ...`)."""
+    r"""Back ends stand alone (`t0: index=0,type=tap,...`), below their NIC (` \ t0: ...`) or on a port of a hub.
+
+    A name that QEMU made up (#net189) is another in every process: it is replaced by one that stays, `#user0`.
+    """
+    names: dict[str, str] = {}
     found = []
     for line in printed.splitlines():
-        match = re.match(r"(?: \\ )?(\S+): index=\d+,type=([\w-]+),?(.*)", line)
+        match = re.match(r"(?: \\ )?(?:hub\d+port\d+: )?(\S+): index=\d+,type=([\w-]+),?(.*)", line)
         if match and match[2] not in NO_BACKENDS:
             details = dict(part.split("=", 1) for part in match[3].split(",") if "=" in part)
             number = details.get("fd", "")
+            made_up = sum(1 for name in names.values() if name.startswith(f"#{match[2]}"))
+            stable = f"#{match[2]}{made_up}" if match[1].startswith("#") else match[1]
             found.append(
                 Listed(
-                    id=match[1],
+                    id=names.setdefault(match[1], stable),
+                    name=match[1],
                     type=match[2],
                     ifname=details.get("ifname", ""),
                     number=int(number) if number.isdigit() and match[2] == "tap" else None,
@@ -56,7 +65,7 @@ def parse_network(printed: str) -> tuple[Listed, ...]:
 
 
 def parse_usernet(printed: str) -> tuple[tuple[int, str], ...]:
-    """(descriptor, netdev id) of the sockets that user networking holds."""
+    """(descriptor, netdev as QEMU calls it) of the sockets that user networking holds."""
     found, owner = [], ""
     for line in printed.splitlines():
         head = re.match(r"Hub -?\d+ \((.+)\):", line)
@@ -70,11 +79,15 @@ def parse_usernet(printed: str) -> tuple[tuple[int, str], ...]:
 
 def netdevs(
     answers: Answers, cmdline: cl.CommandLine | None, table: Sequence[OpenDescriptor]
-) -> tuple[Netdev, ...]:
+) -> tuple[tuple[Netdev, ...], tuple[tuple[int, str], ...]]:
+    """Every back end there is now, and (descriptor, netdev id) of the sockets of user networking."""
     given = cl.netdevs(cmdline) if cmdline is not None else None
     printed = answers.human("info network")
-    listed: tuple[Listed, ...] | None = parse_network(printed)
-    return join(listed if printed else None, given, table)
+    listed = parse_network(printed)
+    found = join(listed if printed else None, given, table)
+    user = parse_usernet(answers.human("info usernet")) if any(n.type == "user" for n in found) else ()
+    ids = {entry.name: entry.id for entry in listed}
+    return found, tuple((number, ids.get(name, name)) for number, name in user)
 
 
 def join(
@@ -89,7 +102,7 @@ def join(
     if listed is None:
         for netdev in given or ():
             name = netdev.id or f"#{netdev.index}"
-            queues[name] = [Listed(id=name, type=netdev.type, ifname=netdev.ifname or "")]
+            queues[name] = [Listed(id=name, name=name, type=netdev.type, ifname=netdev.ifname or "")]
             named[name] = netdev
     free = {d.number: interface_of(d) for d in table if d.target == TUN}
     vhosts = [d.number for d in table if d.target == VHOST_NET]
@@ -133,8 +146,8 @@ def _by_type(unnamed: Sequence[Given], entry: Listed) -> Given | None:
 
 
 def _made_by_default(name: str, entry: Listed, given: Collection[Given]) -> bool:
-    """Without any -netdev, -nic and -net QEMU makes a NIC with user networking itself (net/net.c)."""
-    return not given and entry.type == "user" and name.startswith(("#net", "net"))
+    """Without any -netdev, -nic and -net QEMU makes a NIC with user networking itself (system/vl.c)."""
+    return not given and entry.type == "user" and name.startswith("#")
 
 
 def _tap_fds(entries: Sequence[Listed], argv: Given | None, free: dict[int, str]) -> tuple[int, ...]:

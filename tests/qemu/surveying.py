@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from cpr import discover, survey
 
+from tests.lab.start import said
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cpr.model import Candidate, Guest
     from tests.lab.qemu import QemuBuild
@@ -37,14 +39,23 @@ def start(
     qmp = ["-qmp", f"unix:{path},server=on,wait=off"] if monitor else []
     command = [*bare(build), "-name", name, "-machine", machine, *qmp, *words]
     orphan = lab.start(command, name=name, pass_fds=pass_fds)
-    until(lambda: any(c.process.pid == orphan.pid and (c.monitors or not monitor) for c in discover.candidates()))
+    await_listening(lab, orphan, name, monitor=monitor)
     return orphan
 
 
-def until(ready: object, seconds: float = 20.0) -> None:
+def await_listening(lab: Lab, orphan: Orphan, name: str = "guest", *, monitor: bool = True) -> None:
+    """Wait until a QEMU is found, with a monitor that listens."""
+
+    def found() -> bool:
+        assert orphan.alive, said(lab.directory / f"{name}.log")
+        return any(c.process.pid == orphan.pid and (c.monitors or not monitor) for c in discover.candidates())
+
+    until(found)
+
+
+def until(ready: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait for something to come true."""
     end = time.monotonic() + seconds
-    assert callable(ready)
     while not ready():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.02)

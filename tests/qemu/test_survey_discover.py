@@ -20,7 +20,7 @@ from cpr import discover, survey
 from cpr.errors import AmbiguousGuest, GuestVanished, MonitorError, MonitorHeld, NoSuchGuest, NotQemu
 from cpr.linux import elf
 from cpr.qemu import qmp
-from tests.qemu.surveying import KEYS, bare, candidate, start, surveyed, until
+from tests.qemu.surveying import KEYS, await_listening, bare, candidate, start, surveyed, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +124,7 @@ def test_readconfig(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> N
         '[mon "m"]\n  chardev = "cfg"\n  mode = "control"\n[name]\n  guest = "configured"\n'
     )
     orphan = lab.start([*bare(builds(key)), "-readconfig", str(path)], name="guest")
-    until(lambda: any(c.process.pid == orphan.pid and c.monitors for c in discover.candidates()))
+    await_listening(lab, orphan)
     found = candidate(orphan)
     assert [str(m) for m in found.monitors] == [str(socket_path)]
     guest = survey.survey(found)
@@ -196,7 +196,7 @@ def test_the_binary_is_gone_or_another_one(lab: Lab, builds: Callable[[str], Qem
     (copy.parent / "qemu-bundle").symlink_to(build.binary.parent / "qemu-bundle")
     command = [str(copy), *bare(build)[1:], "-qmp", f"unix:{lab.directory}/b.qmp,server=on,wait=off"]
     orphan = lab.start(command, name="guest")
-    until(lambda: any(c.process.pid == orphan.pid and c.monitors for c in discover.candidates()))
+    await_listening(lab, orphan)
     copy.unlink()
     if how == "replaced":
         other = builds("11.1.a")
