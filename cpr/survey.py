@@ -178,7 +178,7 @@ class _Survey:
             cwd=cwd,
             uid=status.uids[1],
             machine=answers.qom_get("/machine", "type", text, "").removesuffix("-machine"),
-            accelerator=accelerator(answers),
+            accelerator=devices.accelerator(answers),
             runstate=answers.read("query-status", lambda r: text(r["status"]), ""),
             monitor=next((a for a in candidate.monitors if str(a) == self.monitor.address), None),
             ram=ram,
@@ -313,17 +313,6 @@ def installed(pid: int, running: Binary) -> Binary | None:
             build_id=running.build_id if same else discover.build_id(place),
         )
     return None
-
-
-def accelerator(answers: Answers) -> str:
-    """kvm, tcg, ...; `query-accelerators` came with QEMU 11.0."""
-    if answers.read("query-kvm", lambda r: flag(r["enabled"]), False):
-        return "kvm"
-    told = answers.read("query-accelerators", lambda r: text(r["enabled"]), "")
-    if told:
-        return told
-    kinds = dict(answers.children("/machine"))
-    return next((k.removesuffix("-accel") for k in kinds.values() if k.endswith("-accel")), "tcg")
 
 
 def parse_migrate(reply: Any) -> tuple[str, tuple[str, ...]]:

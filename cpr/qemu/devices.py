@@ -37,6 +37,17 @@ def devices(answers: Answers) -> tuple[Device, ...]:
     return (*sorted(named, key=lambda d: d.id), *unnamed)
 
 
+def accelerator(answers: Answers) -> str:
+    """kvm, tcg, ...; `query-accelerators` came with QEMU 11.0."""
+    if answers.read("query-kvm", lambda r: flag(r["enabled"]), False):
+        return "kvm"
+    told = answers.read("query-accelerators", lambda r: text(r["enabled"]), "")
+    if told:
+        return told
+    kinds = dict(answers.children("/machine"))
+    return next((k.removesuffix("-accel") for k in kinds.values() if k.endswith("-accel")), "tcg")
+
+
 def stats_polling(answers: Answers, plugged: Collection[Device]) -> tuple[tuple[str, int], ...]:
     """(QOM path, seconds) of balloons that poll the guest's statistics: set over QMP, argv does not know it."""
     found = []

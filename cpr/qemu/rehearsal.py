@@ -172,6 +172,7 @@ def _look(pid: int, monitor: Monitor, guest: Guest, wanted: cl.CommandLine) -> R
         drives=tuple(dict.fromkeys(name for c in chains for name in (c.device, c.drive) if name)),
         chardevs=tuple(sorted(label for label in labels if label != MONITOR)),
         written=written(pid, answers),
+        accelerator=devices.accelerator(answers),
         cpu_differences=cpu.differences(dict(guest.cpu_features), features) if guest.cpu_features else (),
     )
 

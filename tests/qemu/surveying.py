@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING
 
 from cpr import discover, survey
-
 from tests.lab.start import said
 
 if TYPE_CHECKING:

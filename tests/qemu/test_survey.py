@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cpr import discover, survey
+from cpr import survey
 from cpr.qemu import cmdline as cl
 from cpr.qemu import devices
 from tests.lab import qemu, tap
@@ -295,7 +295,8 @@ def test_default_devices_and_names_that_qemu_makes_up(
 ) -> None:
     """Without -nodefaults: a NIC, a serial port, a parallel port and a monitor of QEMU's own."""
     path = lab.directory / "guest.qmp"
-    command = [*builds(key).command, *"-display none -accel tcg -m 64".split(), "-qmp", f"unix:{path},server=on,wait=off"]
+    command = [*builds(key).command, "-display", "none", "-accel", "tcg", "-m", "64"]
+    command += ["-qmp", f"unix:{path},server=on,wait=off"]
     orphan = lab.start(command, name="guest")
     await_listening(lab, orphan)
     guest = surveyed(orphan)
@@ -397,7 +398,7 @@ def test_a_survey_is_quick_enough(lab: Lab, builds: Callable[[str], QemuBuild]) 
 def test_what_an_update_left_is_known(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
     environment = {"CPR_PIDFILE": "/run/x.pid", "CPR_QEMU_OPTIONS": '["-boot", "menu=on"]'}
     path = lab.directory / "guest.qmp"
-    command = [*builds("7.2").command, *"-nodefaults -display none -accel tcg -m 64".split()]
+    command = [*builds("7.2").command, "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64"]
     command += ["-qmp", f"unix:{path},server=on,wait=off", "-boot", "menu=on"]
     orphan = lab.start(command, name="guest", environment=environment)
     await_listening(lab, orphan)

@@ -19,17 +19,18 @@ import pytest
 from cpr import discover, survey
 from cpr.errors import AmbiguousGuest, GuestVanished, MonitorError, MonitorHeld, NoSuchGuest, NotQemu
 from cpr.linux import elf
+from cpr.model import MonitorAddress
 from cpr.qemu import qmp
 from tests.qemu.surveying import KEYS, await_listening, bare, candidate, start, surveyed, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cpr.model import Guest
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
 
 UUID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
-Builds = "Callable[[str], QemuBuild]"
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -136,10 +137,8 @@ def test_readconfig(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> N
     assert str(path) in surveyed_by_path(orphan.pid, socket_path).unreadable
 
 
-def surveyed_by_path(pid: int, path: Path) -> survey.Guest:
+def surveyed_by_path(pid: int, path: Path) -> Guest:
     """Survey through a monitor that the command line does not tell any more."""
-    from cpr.model import MonitorAddress
-
     with qmp.connect(MonitorAddress(label="", path=str(path)), pid) as monitor:
         return survey.survey(discover.candidate(pid), monitor)
 
