@@ -29,26 +29,24 @@ SHARED = "memory-backend-memfd,share=on,id=ram0,size=64M"
 UPWARDS = [(a, b) for a in KEYS for b in KEYS if KEYS.index(a) <= KEYS.index(b)]
 
 
-def rehearsing() -> list[int]:
-    """Rehearsal QEMUs that are running."""
+def rehearsing(lab: Lab) -> list[int]:
+    """Rehearsals of the lab's guests that are running."""
+    marks = {b"CPR_RUN_PENDING=1", b"CPR_LAB=" + os.fsencode(lab.directory)}
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
-                pending = b"CPR_RUN_PENDING=1" in file.read().split(b"\0")
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                if pending and b"cpr-rehearsal" in file.read():
+                if marks <= set(file.read().split(b"\0")):
                     found.append(int(name))
         except OSError:
             continue
     return found
 
 
-def rehearse(guest: Guest, build: QemuBuild, **more: tuple[str, ...]) -> Rehearsal:
+def rehearse(lab: Lab, guest: Guest, build: QemuBuild, **more: tuple[str, ...]) -> Rehearsal:
     target = features.ask(str(build.binary), **more)
-    before = set(rehearsing())
     result = rehearsal.rehearse(guest, target)
-    assert set(rehearsing()) <= before, "the rehearsal QEMU still runs"
+    assert rehearsing(lab) == [], "the rehearsal QEMU still runs"
     return result
 
 
@@ -74,7 +72,7 @@ def test_a_guest_with_a_bit_of_everything(
     )
     guest = surveyed(orphan)
     before = snapshot(lab.directory)
-    result = rehearse(guest, builds(new))
+    result = rehearse(lab, guest, builds(new))
     assert result.started, result.words
     assert result.words == ""
     assert [(d.id, d.type) for d in result.devices if not d.anonymous] == [
@@ -106,29 +104,29 @@ def test_a_loader_that_writes_ram_is_noticed(lab: Lab, builds: Callable[[str], Q
         *("-object", SHARED, "-device", "loader,addr=0x2000000,data=0x1234,data-len=8"),
         machine="q35,memory-backend=ram0",
     )
-    assert rehearse(surveyed(orphan), builds(key)).written == (("ram0", os.sysconf("SC_PAGESIZE")),)
+    assert rehearse(lab, surveyed(orphan), builds(key)).written == (("ram0", os.sysconf("SC_PAGESIZE")),)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_prealloc_is_not_a_write(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> None:
     orphan = start(lab, builds(key), "-object", f"{SHARED},prealloc=on", machine="q35,memory-backend=ram0")
-    result = rehearse(surveyed(orphan), builds(key))
+    result = rehearse(lab, surveyed(orphan), builds(key))
     assert (result.started, result.written) == (True, ())
 
 
 def test_what_the_new_qemu_refuses_is_said_in_its_words(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
     guest = surveyed(start(lab, builds("11.1.a"), "-object", SHARED, machine="q35,memory-backend=ram0"))
-    result = rehearse(guest, builds("10.0"))
+    result = rehearse(lab, guest, builds("10.0"))
     assert not result.started
     assert "unsupported machine type" in result.words
-    wrong = rehearse(guest, builds("11.1.a"), extra_options=("-device", "no-such-device"))
+    wrong = rehearse(lab, guest, builds("11.1.a"), extra_options=("-device", "no-such-device"))
     assert not wrong.started
     assert "no-such-device" in wrong.words
 
 
 def test_renamed_options_are_told(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
     guest = surveyed(start(lab, builds("7.2"), "-no-hpet", "-async-teardown"))
-    result = rehearse(guest, builds("11.1.a"))
+    result = rehearse(lab, guest, builds("11.1.a"))
     assert result.started, result.words
     assert any("hpet" in change for change in result.options_changed)
 
@@ -137,9 +135,9 @@ def test_missing_files_fail_as_they_would(lab: Lab, builds: Callable[[str], Qemu
     table = lab.directory / "table"
     table.write_bytes(b"some bytes")
     guest = surveyed(start(lab, builds("10.0"), "-fw_cfg", f"name=opt/x,file={table}"))
-    assert rehearse(guest, builds("10.0")).started
+    assert rehearse(lab, guest, builds("10.0")).started
     table.unlink()
-    gone = rehearse(guest, builds("10.0"))
+    gone = rehearse(lab, guest, builds("10.0"))
     assert not gone.started
     assert str(table) in gone.words
 
@@ -149,7 +147,7 @@ def test_readconfig_is_rehearsed_from_its_recorded_text(lab: Lab, builds: Callab
     path.write_text('[device "rng"]\n  driver = "virtio-rng-pci"\n')
     guest = surveyed(start(lab, builds("7.2"), "-readconfig", str(path)))
     path.unlink()
-    result = rehearse(guest, builds("10.0"))
+    result = rehearse(lab, guest, builds("10.0"))
     assert result.started, result.words
     assert [d.id for d in result.devices] == ["rng"]
 
@@ -164,7 +162,7 @@ def test_taps_are_left_alone(lab: Lab, builds: Callable[[str], QemuBuild]) -> No
             *("-netdev", f"tap,id=a,ifname={one.name},script=no,downscript=no", "-device", "virtio-net-pci,netdev=a"),
         )
         guest = surveyed(orphan)
-        result = rehearse(guest, builds("10.0"))
+        result = rehearse(lab, guest, builds("10.0"))
         assert result.started, result.words
         assert surveyed(orphan).netdevs == guest.netdevs
         orphan.kill()
@@ -180,7 +178,7 @@ def test_flash_of_its_true_size(lab: Lab, builds: Callable[[str], QemuBuild]) ->
     ):
         machine = "q35,pflash0=pf" if words[0] == "-blockdev" else "q35"
         orphan = start(lab, builds("7.2"), *words, machine=machine, name=f"guest{len(machine)}")
-        result = rehearse(surveyed(orphan), builds("10.0"))
+        result = rehearse(lab, surveyed(orphan), builds("10.0"))
         assert result.started, result.words
 
 
@@ -196,7 +194,7 @@ def test_no_guest_is_seen_while_one_is_rehearsed(lab: Lab, builds: Callable[[str
         while not stop.is_set():
             mine = [c for c in discover.candidates() if c.name == guest.name and str(lab.directory) in str(c.argv)]
             seen.update(c.process.pid for c in mine)
-            rehearsals.update(rehearsing())
+            rehearsals.update(rehearsing(lab))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -219,7 +217,7 @@ def test_a_qemu_that_hangs_is_killed(lab: Lab, builds: Callable[[str], QemuBuild
     assert time.monotonic() - began < 10
     assert not result.started
     assert "does not answer" in result.words
-    assert rehearsing() == []
+    assert rehearsing(lab) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start a guest of another user")
@@ -237,8 +235,8 @@ def test_in_the_likeness_of_another_user(lab: Lab, builds: Callable[[str], QemuB
     orphan = start(lab, build, "-fw_cfg", f"name=opt/x,file={table}", "-runas", "nobody")
     guest = surveyed(orphan)
     assert guest.uid == 65534
-    assert rehearse(guest, build).started
+    assert rehearse(lab, guest, build).started
     os.chmod(table, 0o600)
-    result = rehearse(guest, build)
+    result = rehearse(lab, guest, build)
     assert not result.started
     assert str(table) in result.words
