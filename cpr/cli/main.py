@@ -20,7 +20,6 @@ app = typer.Typer(
     help="Update the QEMU under running guests without anybody noticing.",
     epilog="Exit codes: 0 done, 1 stopped before any change, 2 usage, 3 blocked, 4 privileges, 5 not found, "
     "6 rolled back, 7 needs attention, 8 differs after the update, 9 would update (--exit-code), 75 busy.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -75,7 +74,9 @@ def run(arguments: list[str]) -> int:
     arguments = [*_color_first(own), *arguments[len(own) :]]
     output = Output(json="--json" in own, command=next((a for a in own if not a.startswith("-")), "cpr"))
     try:
-        result = app(args=arguments, prog_name="cpr", standalone_mode=False)
+        result = app(args=arguments or ["--help"], prog_name="cpr", standalone_mode=False)
+        if not arguments:
+            return int(Exit.USAGE)
         return int(result) if isinstance(result, int) else int(Exit.OK)
     except CprError as error:
         return output.failed(error)
@@ -109,11 +110,8 @@ def _color_first(arguments: list[str]) -> list[str]:
 
 
 def _usage(error: Exception, output: Output) -> int:
-    """What typer has to say about the arguments, as one of ours; no arguments at all is a question for help."""
+    """What typer has to say about the arguments, as one of ours."""
     text = str(getattr(error, "format_message", lambda: str(error))())
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(text, err=True)
-        return int(Exit.USAGE)
     path = context.command_path if context is not None else "cpr"
     return output.failed(UsageError(text, hint=f"{path} --help"))
