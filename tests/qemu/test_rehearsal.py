@@ -14,6 +14,7 @@ import pytest
 from cpr import discover
 from cpr.qemu import features, rehearsal
 from tests.lab import qemu, tap
+from tests.lab.start import MARK
 from tests.qemu.surveying import KEYS, start, surveyed
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ UPWARDS = [(a, b) for a in KEYS for b in KEYS if KEYS.index(a) <= KEYS.index(b)]
 
 def rehearsing(lab: Lab) -> list[int]:
     """Rehearsals of the lab's guests that are running."""
-    marks = {b"CPR_RUN_PENDING=1", b"CPR_LAB=" + os.fsencode(lab.directory)}
+    marks = {b"CPR_RUN_PENDING=1", os.fsencode(f"{MARK}={lab.directory}")}
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
