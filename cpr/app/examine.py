@@ -88,8 +88,8 @@ class Examiner:
         try:
             guest = self.world.survey(candidate)
         except MonitorError as error:
-            finding = monitor_finding(error)
-            blocked = Blocked(f"{candidate.name or candidate.process}: {error.message}", hint=finding.hint)
+            finding = monitor_finding(error, candidate.unreadable)
+            blocked = Blocked(finding.message, hint=finding.hint)
             return Examined(candidate=candidate, findings=(finding,), error=blocked)
         except CprError as error:
             return Examined(candidate=candidate, error=error)

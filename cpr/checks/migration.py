@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpr.checks.registry import blocker, check, warning
+from cpr.checks.words import some
 from cpr.errors import MonitorHeld
 from cpr.model import Finding, Runstate, Severity
 
@@ -47,9 +48,21 @@ def monitor_held(guest: Guest) -> Iterator[Finding]:
                 )
 
 
-def monitor_finding(error: MonitorError) -> Finding:
-    """The survey could not open a monitor: said as a finding, so that it is one reason among others."""
+def monitor_finding(error: MonitorError, unreadable: tuple[str, ...] = ()) -> Finding:
+    """The survey could not open a monitor: said as a finding, so that it is one reason among others.
+
+    `unreadable` is what could not be read of the process for want of privileges: then that is the reason.
+    """
     held = isinstance(error, MonitorHeld)
+    if unreadable and not held:
+        return Finding(
+            check="privileges",
+            severity=Severity.BLOCKER,
+            subject=error.address,
+            message=f"{error.message}; CAP_SYS_PTRACE is missing to read {some(unreadable)}",
+            hint="run cpr as root, or as the guest's user",
+            ignorable=False,
+        )
     return Finding(
         check="monitor-held" if held else "no-monitor",
         severity=Severity.BLOCKER,

@@ -161,6 +161,16 @@ def test_a_survey_that_fails(error: Any, check: str, code: Exit) -> None:
     assert [f.check for f in result.outcomes[0].findings] == ([check] if check else [])
 
 
+def test_a_monitor_that_only_others_may_reach() -> None:
+    host = FakeHost()
+    host.guests["a"] = MonitorError("/run/q", "cannot connect: Permission denied")
+    candidate = replace(host.candidates()[0], unreadable=("/proc/4242/fd",))
+    world = replace(host.world(), find=lambda _: candidate)
+    [examined] = app.check(["a"], app.Choices(), world)
+    assert (examined.exit_code, [f.check for f in examined.findings]) == (Exit.PRIVILEGES, ["privileges"])
+    assert "/proc/4242/fd" in examined.findings[0].message
+
+
 def test_a_binary_that_does_not_answer() -> None:
     host = FakeHost(target=BinaryUnusable("/opt/qemu", "no such program"))
     host.add("a")
