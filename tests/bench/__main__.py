@@ -1,8 +1,8 @@
 """``python -m tests.bench``: measure, and print the table. See the package for what is measured.
 
-Without options a quarter of a hundred rows are measured 15 times, which takes about two hours; --quick takes minutes.
-The table goes to standard output, a line for each sample to standard error. Ctrl-C ends it with the table so far.
-The exit status is 1 if a sample failed.
+Without options dozens of rows are measured 15 times, which takes hours; --quick takes five minutes. The table goes to
+standard output, a line for each sample to standard error. Ctrl-C ends it with the table so far. The exit status is 1
+if cpr failed to move a guest; what else fails is a finding and stands under the table.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dump(table.document(results, before, after), file, indent=1)
             file.write("\n")
         os.replace(partial, options.json)
-    return status or int(any(sample.failed for sample in results.samples))
+    return status or int(any(sample.failed and sample.cell.way.ours for sample in results.samples))
 
 
 if __name__ == "__main__":

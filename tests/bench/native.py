@@ -86,7 +86,7 @@ def cpr_transfer(guest: BenchGuest) -> Moved:
         want_events(old)
         old.execute("migrate-set-parameters", mode="cpr-transfer")
         old.execute("migrate", channels=channels)
-        new = stack.enter_context(answered(bell, process, guest))
+        new = stack.enter_context(answered(bell, process, guest, old))
         new.execute("migrate-incoming", uri=f"unix:{main}")
         blackout = resumed(old, new, guest)
         quit_old(old, guest)
@@ -105,7 +105,7 @@ def cpr_exec(guest: BenchGuest) -> Moved:
         want_events(old)
         old.execute_arguments("migrate-set-parameters", {"mode": "cpr-exec", "cpr-exec-command": command})
         old.execute("migrate", uri=f"file:{state}")
-        new = stack.enter_context(answered(bell, guest.process, guest))
+        new = stack.enter_context(answered(bell, guest.process, guest, old))
         new.execute("migrate-incoming", uri=f"file:{state}")
         blackout = resumed(None, new, guest, stopped=stop_of(old))
     seconds = time.monotonic() - began
@@ -185,11 +185,12 @@ def to_file(monitor: Monitor, command: str, uri: str, older: str) -> int:
     return seen
 
 
-def answered(bell: Bell, process: Orphan, guest: BenchGuest) -> Monitor:
-    """The new QEMU's monitor. Raises WayFailed with what it and the old one said."""
+def answered(bell: Bell, process: Orphan, guest: BenchGuest, old: Monitor | None = None) -> Monitor:
+    """The new QEMU's monitor. Raises WayFailed with what it and the old one, if it is at work already, said."""
     try:
         return bell.answer(process)
     except (WayFailed, TimeoutError, MonitorError) as error:
+        fail_if_failed(old)
         raise WayFailed(f"{error or 'the new QEMU does not dial its monitor'}: {last_words(guest)}") from None
 
 

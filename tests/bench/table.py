@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tests.bench.measure import Cell, Results, Sample
 
-COLUMNS = f"{'':18}{'blackout, ms':^25}{'total, s':^23}{'':5}{'kept':^27}\n" + (
+COLUMNS = f"{'':18}{'blackout, ms':^25}{'total, s':^23}{'':5}{'kept':>15}\n" + (
     f"  {'way':16}{'median':>9}{'min':>8}{'max':>8}{'median':>9}{'min':>7}{'max':>7}{'n':>5}"
     f"{'pid':>6}{'connection':>13}{'RAM':>6}"
 )
@@ -76,11 +76,11 @@ def header(results: Results, before: Host, after: Host) -> list[str]:
     return [
         f"date    {before.date} to {after.date}",
         f"host    {before.kernel}, {before.cpus} x {before.cpu}",
-        f"load    {load_words(before.load)} before, {load_words(after.load)} after",
+        f"busy    load average {load_words(before.load)} before, {load_words(after.load)} after",
         f"runs    {results.runs}, in turns: each round measures every row once, with a new guest each",
         *(f"QEMU    {str(build).removeprefix('QEMU ')}" for build in builds),
-        f"guest   the counting guest, 1 vCPU, {accelerators}, all of its RAM in use; idle: it writes"
-        f" {IDLE_PACE * HZ} pages a second; dirty: it writes all of its RAM as fast as it can",
+        f"guest   the counting guest, 1 vCPU, {accelerators}, all of its RAM in use",
+        f"load    idle: it writes {IDLE_PACE * HZ} pages a second; dirty: all of its RAM, again and again",
         "Blackout: STOP event of the old to RESUME event of the new QEMU, by their own timestamps. Total: from the",
         "first action to the guest in its new QEMU and the old one gone; for handover the whole call of `cpr update`.",
         "A row's samples count only if the guest goes on counting without a gap and finds all of its RAM intact.",

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from tests.bench import WayFailed, native
 from tests.bench.guest import BenchGuest, Case
 from tests.bench.native import Moved
-from tests.lab.start import Orphan
+from tests.qemu.conftest import Command
 
 COPIES_RARELY = 2 * 2**30
 """From this size on, ways that copy all RAM are measured in every fifth round only: they take a minute."""
@@ -21,7 +21,8 @@ class Way:
     """One way.
 
     mode: the migration mode that both QEMUs must know. native: the guest is started for QEMU's own CPR modes.
-    client: somebody is connected to the guest's console; None: nobody is. copies: RAM a second time, and O(RAM).
+    client: somebody is connected to the guest's console. copies: RAM a second time, and O(RAM). ours: it is
+    cpr that does it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Way:
     native: bool = False
     client: bool = True
     copies: bool = False
+    ours: bool = False
 
     def missing(self, case: Case) -> str | None:
         """Why the two QEMUs of a case cannot do it, or None."""
@@ -50,8 +52,6 @@ class Way:
 
 def handover(guest: BenchGuest) -> Moved:
     """`cpr update --restart`, as a user calls it. Raises WayFailed with what it said."""
-    from tests.qemu.conftest import Command
-
     command = Command(guest.lab)
     began = time.monotonic()
     result = command.update(guest.process.pid, guest.case.new)
@@ -61,8 +61,7 @@ def handover(guest: BenchGuest) -> Moved:
     answer = result.guest
     if answer["status"] != "updated" or answer["engine"] != "handover":
         raise WayFailed(f"cpr update: {answer['status']} by {answer['engine']}")
-    process = Orphan(answer["pid_after"])
-    guest.lab.adopt(process.pid)
+    process = guest.lab.adopt(answer["pid_after"])
     return Moved(process=process, blackout=answer["blackout_seconds"], seconds=seconds, console=guest.old.console)
 
 
@@ -70,8 +69,8 @@ WAYS: Mapping[str, Way] = MappingProxyType(
     {
         way.name: way
         for way in (
-            Way(name="handover", move=handover, client=False),
-            Way(name="handover+console", move=handover),
+            Way(name="handover", move=handover, client=False, ours=True),
+            Way(name="handover+console", move=handover, ours=True),
             Way(name="cpr-transfer", move=native.cpr_transfer, mode="cpr-transfer", native=True),
             Way(name="cpr-exec", move=native.cpr_exec, mode="cpr-exec", native=True),
             Way(name="live-migration", move=native.live, copies=True),
