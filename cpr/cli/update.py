@@ -58,6 +58,8 @@ def update_command(
     """Move running guests onto a newly installed QEMU. Without GUEST: every outdated one, after the question."""
     if guests and all_guests:
         raise UsageError("GUEST and --all exclude each other")
+    if yes and not guests and not all_guests:
+        raise UsageError("-y without a guest: nobody would be asked which", hint="name the guests, or say --all")
     if not (dry_run or yes or (sys.stdin.isatty() and sys.stderr.isatty())):
         raise UsageError("not on a terminal: nobody can be asked", hint="-y goes on without asking, -n shows the plan")
     chosen = choices(

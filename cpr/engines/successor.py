@@ -28,8 +28,14 @@ FIRST_NUMBER = 20
 CONTROL = "cpr-control"
 """Label of the private monitor of a guest that has no UNIX QMP socket of its own."""
 
-DROPPED_VARIABLES = re.compile(r"^(CPR_|QEMU_FD_|QEMU_BOOL_|QEMU_CPR_|QEMU_ADDR_|QEMU_LEN_|QEMU_START_FREEZE$)")
+DROPPED_VARIABLES = re.compile(
+    r"^(CPR_FD_.*|CPR_RUN|CPR_RUN_PENDING|CPR_PIDFILE|CPR_QEMU_OPTIONS"
+    r"|QEMU_FD_.*|QEMU_BOOL_.*|QEMU_CPR_.*|QEMU_ADDR_.*|QEMU_LEN_.*|QEMU_START_FREEZE)$"
+)
 """Planted or left over: never acted on, never passed on."""
+
+OUR_VARIABLES = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS")
+"""What an update leaves for the next one to read; only what was not put there by one is worth a note."""
 
 DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "readconfig", "dump-vmstate", "D")
 """-D: a second QEMU would truncate the log of the first; it logs to standard error instead."""
@@ -150,6 +156,9 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
         )
     translation = translate(line, target.options)
     notes += translation.changes
+    stale = [k for k, _ in guest.environ if DROPPED_VARIABLES.match(k) and k not in OUR_VARIABLES]
+    if stale:
+        notes.append(f"variables that are never acted on are not passed on: {', '.join(stale)}")
     line = cl.append_options(cl.for_incoming(translation.cmdline), target.extra_options)
     return Successor(
         argv=tuple(line.argv()),

@@ -33,13 +33,14 @@ def prepare(monitor: Monitor) -> None:
 
 
 def restore(monitor: Monitor, before: Mapping[str, bool], parameters: Mapping[str, Any]) -> None:
-    """Put back what the guest had before: capabilities, and the parameters of `STREAM`.
+    """Put back what the guest had before: capabilities, and the parameters of `STREAM`; x-ignore-shared is off.
 
     Raises:
         CommandFailed, MonitorError: x-ignore-shared is still on, and must not stay so.
     """
     known = {c["capability"]: c["state"] for c in monitor.execute("query-migrate-capabilities")}
-    _set(monitor, {n: before.get(n, False) for n in known if n in SWITCHED_ON or before.get(n, False)})
+    wanted = {n: before.get(n, False) for n in known if n in SWITCHED_ON or before.get(n, False)}
+    _set(monitor, {**wanted, "x-ignore-shared": False})
     for name in STREAM:
         if name in parameters:
             with contextlib.suppress(CommandFailed):

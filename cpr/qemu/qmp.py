@@ -41,7 +41,8 @@ GREETING_SECONDS = 3.0
 """A QEMU whose main loop is alive greets within milliseconds; one client at a time is served."""
 COMMAND_SECONDS = 30.0
 
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what matters is raised, with its reason
+for _logger in ("qemu.qmp", "asyncio"):  # what matters is raised, with its reason
+    logging.getLogger(_logger).setLevel(logging.CRITICAL)
 
 
 class _Loop:
