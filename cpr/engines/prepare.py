@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from cpr.engines.successor import Inherited, Successor
     from cpr.run import Run
 
+LISTENERS = ("listener:", "vnc:")
+"""How the names of inherited listening sockets begin."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenMonitor(Step):
@@ -69,6 +72,10 @@ class TakeDescriptors(Step):
             run.descriptors[entry.name] = fd
             if entry.inode and os.fstat(fd.number).st_ino != entry.inode:
                 raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+            if entry.name.startswith(LISTENERS):
+                # QEMU leaves it blocking: of two that are woken for one client the second would hang in accept,
+                # and with it the guest. Left so at an undo: with one QEMU it makes no difference.
+                os.set_blocking(fd.number, False)
         for number in (0, 1, 2):
             with contextlib.suppress(OSError):
                 run.descriptors[f"stdio:{number}"] = fds.take_fd(run.old.pidfd, number)
@@ -202,7 +209,7 @@ class StartNew(Step):
                 theirs.close()
         run.new = Process(launched.pid, launched.start_time, launched.pidfd)
         run.journal.fact("new", pid=run.new.pid, start_time=run.new.start_time)
-        run.notes += launched.unmet
+        run.notes += [*self.successor.notes, *launched.unmet]
         control = ours if ours is not None else run.extra.pop("control")
         run.new_monitor = self._greet(run, control)
         if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
