@@ -43,7 +43,7 @@ SCAN_SECONDS = 5.0
 MONITOR_NUMBER = 20
 """Of the private monitor in the rehearsal: above what QEMU could take for one of its own early on."""
 CHUNK = 1 << 20
-PLANTED = re.compile(r"(CPR_FD_|CPR_RUN|CPR_PIDFILE$|CPR_QEMU_OPTIONS$|QEMU_(FD|BOOL|CPR|ADDR|LEN)_|QEMU_START_FREEZE$)")
+PLANTED = re.compile(r"CPR_(FD_|RUN|PIDFILE$|QEMU_OPTIONS$)|QEMU_((FD|BOOL|CPR|ADDR|LEN)_|START_FREEZE$)")
 """Variables that some QEMU or an update would act on."""
 
 

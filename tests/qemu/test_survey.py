@@ -15,7 +15,6 @@ from cpr import survey
 from cpr.qemu import cmdline as cl
 from cpr.qemu import devices
 from tests.lab import qemu, tap
-from tests.lab.start import MARK
 from tests.qemu.surveying import KEYS, await_listening, candidate, start, surveyed
 
 if TYPE_CHECKING:
