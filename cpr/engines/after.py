@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr import verify
 from cpr.engines.prepare import release, set_discard
+from cpr.engines.switch import CLIENT
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.model import Guest, RamBlock, Step
-from cpr.qemu import migration
+from cpr.qemu import clients, migration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,6 +108,10 @@ class Settle(Step):
             rewrite_pidfile_of(self.guest.pidfile, self.guest.cwd, self.guest.process.pid, run.new.pid)
         for sock in run.extra.pop("held", []):
             sock.close()
+        for name, fd in run.descriptors.items():
+            if name.startswith(CLIENT):
+                with socket.socket(fileno=os.dup(fd.number)) as sock:
+                    clients.narrow(sock)
         release(run)
         if failed:
             raise StepFailed(self.describe(), "; ".join(failed))

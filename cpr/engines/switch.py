@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from cpr.run import Run
 
 
+CLIENT = "client:"
+"""How the names of held clients begin in `Run.descriptors`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassVncListeners(Step):
     """Give the new QEMU the VNC listeners (`display-update`, QEMU 7.1): whoever connects from now on stays."""
@@ -194,6 +198,32 @@ class PassClients(Step):
         assert run.old is not None
         run.extra["sockets"] = clients.socket_numbers(run.old.pid)
         run.extra["sent"] = _send_clients(run, self.guest)
+        for label, fd in _clients_held(run):
+            self._make_room(label, fd)
+
+    def _make_room(self, label: str, client: fds.Fd) -> None:
+        """See that the old QEMU can write all it has for a client that does not read.
+
+        A byte that waits in the old QEMU's device would wait for ever in the new one: it looks for a client when it
+        loads the state, and the client comes after that (hw/char/serial.c, serial_post_load).
+        """
+        with socket.socket(fileno=os.dup(client.number)) as sock:
+            if not clients.widen(sock):
+                raise StepFailed(
+                    self.describe(),
+                    f"the client of {label} does not read, and what waits for it would be stuck",
+                    hint="let it read, or end it",
+                )
+
+    def undo(self, run: Run) -> None:
+        for _, fd in _clients_held(run):
+            with socket.socket(fileno=os.dup(fd.number)) as sock:
+                clients.narrow(sock)
+
+
+def _clients_held(run: Run) -> list[tuple[str, fds.Fd]]:
+    """Label and descriptor of the clients that were sent ahead."""
+    return [(n.removeprefix(CLIENT), fd) for n, fd in run.descriptors.items() if n.startswith(CLIENT)]
 
 
 def _send_clients(run: Run, guest: Guest) -> dict[str, int]:
@@ -206,9 +236,12 @@ def _send_clients(run: Run, guest: Guest) -> dict[str, int]:
     sent = {}
     for chardev in movable(clients.connected_now(run.old.pid, tuple(servers), listeners)):
         assert chardev.client is not None
-        with fds.take_fd(run.old.pidfd, chardev.client) as client:
-            sent[chardev.label] = os.fstat(client.number).st_ino
-            run.successor.send_fd(_client_name(chardev.label), client.number)
+        client = fds.take_fd(run.old.pidfd, chardev.client)
+        if (before := run.descriptors.pop(CLIENT + chardev.label, None)) is not None:
+            before.close()
+        run.descriptors[CLIENT + chardev.label] = client
+        sent[chardev.label] = os.fstat(client.number).st_ino
+        run.successor.send_fd(_client_name(chardev.label), client.number)
     return sent
 
 

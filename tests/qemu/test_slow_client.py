@@ -1,0 +1,76 @@
+"""A console client that is connected and does not read: nothing of what waits for it is lost, and nothing gets stuck."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from tests.lab import counting
+from tests.lab.counting import CountingLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Lab
+    from tests.qemu.conftest import Command
+
+
+def test_a_client_that_does_not_read_gets_everything_later(
+    lab: Lab, cpr: Command, builds: Callable[[str], QemuBuild]
+) -> None:
+    disk = counting.disk(lab.directory / "disk", hz=1000)
+    path = lab.directory / "console"
+    lab.start(
+        [
+            *builds("7.2").command,
+            *"-name slow -M q35,memory-backend=ram0 -accel tcg -m 64M -nodefaults -display none".split(),
+            *"-object memory-backend-memfd,id=ram0,size=64M,share=on".split(),
+            *f"-chardev socket,id=console,path={path},server=on,wait=on -serial chardev:console".split(),
+            *f"-qmp unix:{lab.directory}/qmp,server=on,wait=off".split(),
+            *counting.arguments(disk),
+        ]
+    )
+    with socket.socket(socket.AF_UNIX) as client:
+        connect(client, str(path))
+        full(client)
+        result = cpr.update("slow", builds("11.1.a"))
+        assert result.guest["status"] == "updated", result
+        log = CountingLog()
+        client.settimeout(10)
+        deadline = time.monotonic() + 60
+        while len(log.ticks) < 3000 and time.monotonic() < deadline:
+            log.feed(client.recv(65536))
+        assert len(log.ticks) >= 3000
+        assert log.problems() == []
+
+
+def connect(client: socket.socket, path: str) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            client.connect(path)
+            return
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def full(client: socket.socket) -> None:
+    """Wait until QEMU can write no more: what waits to be read does not grow."""
+    import array
+    import fcntl
+    import termios
+
+    waiting = array.array("i", [0])
+    before, deadline = -1, time.monotonic() + 30
+    while time.monotonic() < deadline:
+        select.select([client], [], [], 1)
+        fcntl.ioctl(client, termios.FIONREAD, waiting)
+        if waiting[0] == before and before > 100:
+            return
+        before = waiting[0]
+        time.sleep(0.3)
+    raise AssertionError(f"{before} bytes and still growing")
