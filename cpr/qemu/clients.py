@@ -6,18 +6,26 @@ clients come and go between the check and the switch.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import socket
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpr.linux import proc
+from cpr.errors import MonitorError
+from cpr.linux import proc, sockdiag
 from cpr.model import Chardev, MonitorAddress
+from cpr.qemu import qmp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cpr.linux.fds import Fd
+
+ATTEMPTS = 50
+"""How often two places in a queue are tried for. Between the two there are some ten microseconds."""
 
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a listener says, not where we listen
 
@@ -74,3 +82,82 @@ def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[st
         client = by_path.get(address.path) if address.path else by_port.get(address.port)
         result.append(replace(chardev, client=client, connected=client is not None))
     return tuple(result)
+
+
+def two_places(address: MonitorAddress, pid: int, listener: Fd) -> tuple[socket.socket, socket.socket]:
+    """Two connections to a listener of the process `pid`, one behind the other in its queue, nobody between them.
+
+    Raises:
+        MonitorError: others came between every time. OSError: nobody listens there.
+    """
+    for _ in range(ATTEMPTS):
+        first = qmp.open_socket(address, pid)
+        try:
+            second = qmp.open_socket(address, pid)
+        except BaseException:
+            first.close()
+            raise
+        neighbours = are_neighbours(first, second, listener, pid)
+        if neighbours:
+            return first, second
+        if neighbours is None:
+            return first, _turning_away(first, second, address, pid, listener)
+        first.close()
+        second.close()
+        time.sleep(0.005)
+    raise MonitorError(str(address), "other clients keep coming in between", hint="try again")
+
+
+def are_neighbours(first: socket.socket, second: socket.socket, listener: Fd, pid: int) -> bool | None:
+    """Whether nobody was or will be served after `first` and before `second`; None where the kernel does not tell.
+
+    Of TCP the order is not known: nobody else may wait at all.
+    """
+    if second.family == socket.AF_UNIX:
+        try:
+            waiting = sockdiag.unix_socket(os.fstat(listener.number).st_ino, pid).waiting
+        except OSError:  # no unix_diag
+            return None
+        ours = [os.fstat(sock.fileno()).st_ino for sock in (first, second)]
+        if ours[1] not in waiting:
+            return None
+        place = waiting.index(ours[1])
+        return place == 0 or waiting[place - 1] == ours[0]
+    port = second.getpeername()[1]
+    mine = {first.getsockname()[1], second.getsockname()[1]}
+    return not any(
+        tcp.inode == 0 and tcp.local[1] == port and tcp.state in ("ESTABLISHED", "CLOSE_WAIT") and tcp.remote[1] not in mine
+        for tcp in proc.read_net_tcp(pid)
+    )
+
+
+def _turning_away(
+    first: socket.socket, second: socket.socket, address: MonitorAddress, pid: int, listener: Fd
+) -> socket.socket:
+    """A new second place, with whoever waits turned away: only where the kernel does not tell who that is."""
+    second.close()
+    select.select([first], [], [], 5.0)  # it is greeted, and so not among those that wait
+    with socket.socket(fileno=os.dup(listener.number)) as sock:
+        while select.select([sock], [], [], 0)[0]:
+            sock.accept()[0].close()
+    return qmp.open_socket(address, pid)
+
+
+ROOM = 8 << 20
+"""Bytes a client's socket may hold for the time of a switch (a byte written alone is charged some 750)."""
+USUAL = 212992
+"""net.core.wmem_default of every kernel so far."""
+SO_SNDBUFFORCE = 32
+
+
+def widen(sock: socket.socket, *, patience: float = 0.5) -> bool:
+    """Make room in a client's socket until it can be written to; a full one needs CAP_NET_ADMIN. Whether it can."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, ROOM)
+    return bool(select.select([], [sock], [], patience)[1])
+
+
+def narrow(sock: socket.socket) -> None:
+    """Take the room back; what is in it stays."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, USUAL // 2)
