@@ -92,7 +92,7 @@ def matching(wanted: str, known: Iterable[Candidate]) -> list[Candidate]:
     return [
         c
         for c in known
-        if wanted == c.name or (c.uuid and wanted.lower() == c.uuid.lower()) or wanted == str(c.process.pid)
+        if wanted and (wanted == c.name or wanted.lower() in (c.uuid.lower(), str(c.process.pid)))
     ]
 
 
