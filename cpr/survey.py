@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,8 +18,8 @@ from cpr import survey_files as files
 from cpr.errors import GuestVanished, MonitorError, MonitorHeld
 from cpr.linux import proc
 from cpr.linux.fds import descriptor_table
-from cpr.model import Binary, Candidate, Guest, MonitorAddress, RamBlock, Vcpu
-from cpr.qemu import block, chardevs, cpu, descriptors, devices, memory, network, qmp, sockets
+from cpr.model import Binary, Candidate, Chardev, Guest, MonitorAddress, RamBlock, Vcpu
+from cpr.qemu import block, chardevs, clients, cpu, descriptors, devices, memory, network, qmp, sockets
 from cpr.qemu import cmdline as cl
 from cpr.qemu.answers import Answers, flag, mapping, mappings, text
 from cpr.qemu.features import parse_version
@@ -46,6 +47,8 @@ QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("human-monitor-command", {"command_line": line}) for line in ("info ramblock", "info network")),
 )
 """What every survey asks: sent at once, so that QEMU answers while /proc is read."""
+PASSING_SECONDS = 0.5
+"""How long a client of another monitor is watched: one that hangs up by then has only asked something."""
 HELD_SECONDS = 0.3
 """How long a monitor that has a client already is given to become free."""
 NIL_UUID = "00000000-0000-0000-0000-000000000000"
@@ -160,7 +163,7 @@ class _Survey:
         ram = self.ram(answers, table)
         plugged = devices.devices(answers)
         nodes = block.nodes(answers)
-        serial = chardevs.chardevs(answers, command, endpoints, pid=pid)
+        serial = self.without_passers_by(chardevs.chardevs(answers, command, endpoints, pid=pid), endpoints)
         vnc = devices.vnc_servers(answers, endpoints)
         spice, spice_ports = devices.spice(answers)
         netdevs, usernet = network.netdevs(answers, command, table)
@@ -244,6 +247,24 @@ class _Survey:
                 hint="is its path used by two guests?",
             )
         return tuple(replace(v, thread_id=threads.get(v.thread_id, v.thread_id)) for v in named)
+
+    def without_passers_by(self, found: tuple[Chardev, ...], endpoints: Sequence[Endpoint]) -> tuple[Chardev, ...]:
+        """A client of another monitor that hangs up soon (a tool that asks something) has no session to lose."""
+        ours = next((a.label for a in self.candidate.monitors if str(a) == self.monitor.address), "")
+        by_number = {e.number: e for e in endpoints}
+        asking = [c for c in found if c.monitor and c.label != ours and c.connected and c.listener in by_number]
+        staying = {
+            c.label: {e.inode for e in sockets.clients_of(endpoints, by_number[c.listener])}
+            for c in asking
+            if c.listener is not None
+        }
+        end = time.monotonic() + PASSING_SECONDS
+        while any(staying.values()) and time.monotonic() < end:
+            there = clients.socket_numbers(self.pid)
+            staying = {label: inodes & there.keys() for label, inodes in staying.items()}
+            time.sleep(0.01 if any(staying.values()) else 0)
+        gone = {label for label, inodes in staying.items() if not inodes}
+        return tuple(replace(c, connected=False, client=None) if c.label in gone else c for c in found)
 
     def ram(self, answers: Answers, table: Sequence[OpenDescriptor]) -> tuple[RamBlock, ...]:
         maps = self.readable("maps", lambda: proc.read_maps(self.pid), [])

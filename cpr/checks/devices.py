@@ -93,7 +93,7 @@ def chardev_framing(guest: Guest) -> Iterator[Finding]:
 
 @check("monitor-client", "A client of a monitor will be disconnected")
 def monitor_client(guest: Guest) -> Iterator[Finding]:
-    """What was negotiated with it (and half a command, perhaps) ends with the old QEMU."""
+    """What was negotiated with it (and half a command, perhaps) ends with the old QEMU. Those that wait are served."""
     ours = guest.monitor.label if guest.monitor else ""
     for chardev in guest.chardevs:
         if not chardev.monitor or chardev.backend != "socket":
@@ -104,13 +104,6 @@ def monitor_client(guest: Guest) -> Iterator[Finding]:
                 f"a client is connected to the monitor {chardev.label} and will be disconnected: a monitor's session "
                 "cannot be handed on",
                 "end that session, or --ignore monitor-client if it copes with a hang-up",
-            )
-        if chardev.queued:
-            yield blocker(
-                chardev.label,
-                f"{chardev.queued} client(s) wait in the queue of the monitor {chardev.label} and will be turned away: "
-                "nobody else may talk to the new QEMU before it has the guest",
-                "end those clients, or --ignore monitor-client if they try again",
             )
 
 

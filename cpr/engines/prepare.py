@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines.taps import TapGuard
-from cpr.errors import MonitorError, NewQemuDied, StepFailed
+from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
 from cpr.linux.process import Process
-from cpr.model import Guest, MonitorAddress, RamBlock, Runstate, Step, Target
+from cpr.model import Chardev, Guest, RamBlock, Runstate, Step, Target
 from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ LISTENERS = ("listener:", "vnc:")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenMonitor(Step):
-    """Connect to the guest's monitor and see that the guest is what the plan was made from."""
+    """Connect to the guest's monitor and see that the guest is what the plan was made from.
+
+    A second connection is queued right behind the first, for the new QEMU (see `OccupyMonitors`).
+    """
 
     guest: Guest
 
@@ -41,10 +44,25 @@ class OpenMonitor(Step):
 
     def do(self, run: Run) -> None:
         assert self.guest.monitor is not None
-        run.old_monitor = qmp.connect(self.guest.monitor, self.guest.process.pid)
+        assert run.old is not None
+        address, pid = self.guest.monitor, self.guest.process.pid
+        number = next((c.listener for c in self.guest.chardevs if c.label == address.label), None)
+        try:
+            if number is None:
+                first = qmp.open_socket(address, pid)
+            else:
+                with fds.take_fd(run.old.pidfd, number) as listener:
+                    first, run.extra["second"] = clients.two_places(address, pid, listener)
+        except TimeoutError:
+            raise MonitorHeld(str(address), "its queue of waiting clients is full", hint="somebody holds it") from None
+        run.old_monitor = qmp.negotiate(first, str(address))
         status = run.monitor.execute("query-status")["status"]
         if status != self.guest.runstate:
             raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+
+    def undo(self, run: Run) -> None:
+        if (second := run.extra.pop("second", None)) is not None:
+            second.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +114,10 @@ class OccupyMonitors(Step):
     """See to it that nobody talks to the new QEMU before the commit.
 
     A QEMU monitor serves one client and leaves the next ones in its listener's queue. Each monitor of the old QEMU gets
-    a client of ours, if it has none, and behind it a second one is queued. The new QEMU inherits the listener with
-    `wait=on`: it takes exactly that second client before its main loop starts, and no other until we hang up. The
-    second client of the guest's own QMP socket is how we drive the new QEMU. Others wait in the queue and are served
-    by whichever QEMU lives on.
+    a client of ours, and right behind it a second one is queued. The new QEMU inherits the listener with `wait=on`: it
+    takes exactly that second client before its main loop starts, and no other until we hang up. The second client of
+    the guest's own QMP socket is how we drive the new QEMU. Others wait in the queue and are served by whichever QEMU
+    lives on; nobody is turned away.
     """
 
     guest: Guest
@@ -110,39 +128,33 @@ class OccupyMonitors(Step):
         return f"keep the monitor{'s' if len(self.labels) > 1 else ''} {', '.join(self.labels) or '(none)'} to us"
 
     def do(self, run: Run) -> None:
-        pid = self.guest.process.pid
+        held = run.extra.setdefault("held", [])
         for chardev in self.guest.chardevs:
             if chardev.label not in self.labels:
                 continue
-            address = clients.listen_address(run.descriptors[f"listener:{chardev.label}"], chardev.label)
             own = self.guest.monitor is not None and chardev.label == self.guest.monitor.label
-            if not own and not chardev.connected:
-                self._first_client(run, address, pid)
-            _drain(run.descriptors[f"listener:{chardev.label}"])
-            second = qmp.open_socket(address, pid)
+            second = run.extra.pop("second", None) if own else None
+            if second is None:
+                second = self._two_places(run, chardev)
             if chardev.label == self.control:
                 run.extra["control"] = second
             else:
-                run.closing.callback(second.close)
-                run.extra.setdefault("held", []).append(second)
+                held.append(second)
 
-    def _first_client(self, run: Run, address: MonitorAddress, pid: int) -> None:
-        first = qmp.open_socket(address, pid)
-        run.closing.callback(first.close)
-        run.extra.setdefault("held", []).append(first)
-        if not select.select([first], [], [], 5.0)[0]:
-            raise MonitorError(str(address), "another client came first", hint="try again")
+    def _two_places(self, run: Run, chardev: Chardev) -> socket.socket:
+        listener = run.descriptors[f"listener:{chardev.label}"]
+        address = clients.listen_address(listener, chardev.label)
+        first, second = clients.two_places(address, self.guest.process.pid, listener)
+        run.extra["held"].append(first)
+        # one that was connected at the check goes down with the old QEMU (--ignore); others only ask something
+        if not chardev.connected and not select.select([first], [], [], 5.0)[0]:
+            second.close()
+            raise MonitorError(str(address), "another client came first and stays", hint="try again")
+        return second
 
     def undo(self, run: Run) -> None:
         for sock in [*run.extra.pop("held", []), *filter(None, [run.extra.pop("control", None)])]:
             sock.close()
-
-
-def _drain(listener: fds.Fd) -> None:
-    """Turn away who came between our two connections, a matter of a millisecond: they would be served before us."""
-    with socket.socket(fileno=os.dup(listener.number)) as sock:
-        while select.select([sock], [], [], 0)[0]:
-            sock.accept()[0].close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,11 @@ NLMSG_ERROR = 2
 NLM_F_REQUEST = 1
 UDIAG_SHOW_NAME = 0x01
 UDIAG_SHOW_PEER = 0x04
+UDIAG_SHOW_ICONS = 0x08
 UDIAG_SHOW_RQLEN = 0x10
 UNIX_DIAG_NAME = 0
 UNIX_DIAG_PEER = 2
+UNIX_DIAG_ICONS = 3
 UNIX_DIAG_RQLEN = 4
 
 _HEADER = struct.Struct("=IHHII")
@@ -50,6 +52,8 @@ class UnixDiag:
     """Of a listener: clients that wait to be accepted. Else: bytes to be read."""
     queue_limit: int
     """Of a listener: how many may wait."""
+    waiting: tuple[int, ...] = ()
+    """Of a listener: inodes of the sockets that wait, in the order in which they will be accepted."""
 
 
 def parse_unix_diag(message: bytes) -> UnixDiag:
@@ -68,9 +72,13 @@ def parse_unix_diag(message: bytes) -> UnixDiag:
         (peer,) = struct.unpack("=I", attributes.get(UNIX_DIAG_PEER, bytes(4)))
     except struct.error as error:
         raise ValueError(f"not an answer of unix_diag: {error}") from None
+    icons = attributes.get(UNIX_DIAG_ICONS, b"")
+    waiting = tuple(number for (number,) in struct.iter_unpack("=I", icons[: len(icons) // 4 * 4]))
     raw = attributes.get(UNIX_DIAG_NAME, b"")
     name = "@" + os.fsdecode(raw[1:]) if raw.startswith(b"\0") else os.fsdecode(raw.rstrip(b"\0"))
-    return UnixDiag(inode=inode, state=state, name=name, peer=peer, queue=queue, queue_limit=limit)
+    return UnixDiag(
+        inode=inode, state=state, name=name, peer=peer, queue=queue, queue_limit=limit, waiting=waiting
+    )
 
 
 def _diag_socket() -> socket.socket:
@@ -113,7 +121,8 @@ def unix_socket(inode: int, pid: int | None = None) -> UnixDiag:
         FileNotFoundError: no such socket there, or the kernel has no unix_diag. ProcessLookupError, PermissionError.
     """
     body = _REQUEST.pack(
-        socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, UDIAG_SHOW_NAME | UDIAG_SHOW_PEER | UDIAG_SHOW_RQLEN,
+        socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode,
+        UDIAG_SHOW_NAME | UDIAG_SHOW_PEER | UDIAG_SHOW_ICONS | UDIAG_SHOW_RQLEN,
         0xFFFFFFFF, 0xFFFFFFFF,
     )  # fmt: skip
     header = _HEADER.pack(_HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0)

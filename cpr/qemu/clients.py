@@ -125,10 +125,8 @@ def are_neighbours(first: socket.socket, second: socket.socket, listener: Fd, pi
         return place == 0 or waiting[place - 1] == ours[0]
     port = second.getpeername()[1]
     mine = {first.getsockname()[1], second.getsockname()[1]}
-    return not any(
-        tcp.inode == 0 and tcp.local[1] == port and tcp.state in ("ESTABLISHED", "CLOSE_WAIT") and tcp.remote[1] not in mine
-        for tcp in proc.read_net_tcp(pid)
-    )
+    at_port = [tcp for tcp in proc.read_net_tcp(pid) if tcp.local[1] == port and tcp.inode == 0]  # not accepted yet
+    return not any(tcp.state in ("ESTABLISHED", "CLOSE_WAIT") and tcp.remote[1] not in mine for tcp in at_port)
 
 
 def _turning_away(

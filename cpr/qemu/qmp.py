@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -275,9 +276,14 @@ def path_in(pid: int | None, path: str) -> str:
 
 
 def connect_unix(path: str, *, timeout: float = 2.0) -> socket.socket:
-    """Connect to a UNIX stream socket, also where the path is longer than sun_path's 107 bytes."""
+    """Connect to a UNIX stream socket, also where the path is longer than sun_path's 107 bytes.
+
+    Raises:
+        TimeoutError: its queue of waiting clients is full. OSError.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.settimeout(timeout)
+    # not settimeout: a socket that does not block gives up at once where the queue is full (QEMU's has two places)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6)))
     try:
         if path.startswith("\0") or len(os.fsencode(path)) < 108:
             sock.connect(path)
@@ -287,9 +293,12 @@ def connect_unix(path: str, *, timeout: float = 2.0) -> socket.socket:
                 sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
             finally:
                 os.close(directory)
-    except BaseException:
+    except BaseException as error:
         sock.close()
+        if isinstance(error, BlockingIOError):
+            raise TimeoutError(f"{path}: nobody is accepted within {timeout:g} s") from None
         raise
+    sock.settimeout(timeout)
     return sock
 
 
