@@ -184,8 +184,9 @@ class Record:
 
     @property
     def committed(self) -> bool:
-        """Whether the commit was begun: from that line on there is no way back."""
-        return self.commit_index in self.steps and self.steps[self.commit_index] not in ("undone", "refused")
+        """Whether the commit was begun: from that line on there is no way back, unless it says that it was taken."""
+        went_back = ("refused", "undoing", "undone")
+        return self.commit_index in self.steps and self.steps[self.commit_index] not in went_back
 
     def append_outcome(self, outcome: Outcome) -> None:
         """Close a journal that its keeper could not close."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
@@ -49,7 +49,10 @@ class Bounds:
 
 
 class CommitRefused(CprError):
-    """QEMU answered `cont` with an error and never ran: the one case in which the way back is still open."""
+    """Nothing ran in the new QEMU, for certain: the one case in which the way back from the commit is still open.
+
+    It was dead before `cont` was sent, or answered it with an error.
+    """
 
 
 @dataclass(slots=True)
@@ -177,7 +180,11 @@ class Run:
         if self.extra.get("leave_open"):
             self.journal.abandon()
         else:
-            self.journal.close(outcome)
+            try:
+                self.journal.close(outcome)
+            except CprError as error:  # what was done is done: say so, and leave the rest to `cpr recover`
+                self.journal.abandon()
+                outcome = replace(outcome, notes=(*outcome.notes, f"the journal stays open: {error.message}"))
         self.closing.close()
         for monitor in (self.old_monitor, self.new_monitor):
             if monitor is not None:
@@ -199,14 +206,16 @@ class Run:
                 failure = _as_error(error, step)
                 if isinstance(error, CommitRefused):
                     self.committed = False
-                    self.journal.step(index, "refused", str(failure))
+                    with contextlib.suppress(CprError):
+                        self.journal.step(index, "refused", str(failure))
                 else:
                     with contextlib.suppress(CprError):
                         self._tell(index, step, "failed", str(failure))
                 if not self.committed:
                     self._undo(begun)
                     return failure
-                if self.new is not None and not self.new.alive():
+                # a process that is being killed hangs up a moment before its pidfd tells of its end
+                if self.new is not None and self.new.wait_dead(0.5 if isinstance(error, MonitorError) else 0.0):
                     return failure
                 self.differences.append(failure.message)
         return None

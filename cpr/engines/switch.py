@@ -298,6 +298,7 @@ class Continue(Step):
         return "the new QEMU runs the guest (commit)"
 
     def do(self, run: Run) -> None:
+        _still_there(run)
         seen = run.successor.event_count
         try:
             run.successor.execute("cont")
@@ -325,6 +326,11 @@ class Decide(Step):
         return "decide for the new QEMU; the guest stays paused (commit)"
 
     def do(self, run: Run) -> None:
-        assert run.new is not None
-        if not run.new.alive():
-            raise NewQemuDied(self.describe(), "ended", run.words())
+        _still_there(run)
+
+
+def _still_there(run: Run) -> None:
+    """A new QEMU that died before it was told anything has run nothing: the way back is open."""
+    assert run.new is not None
+    if not run.new.alive():
+        raise CommitRefused("the new QEMU ended before it was told to run")

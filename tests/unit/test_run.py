@@ -139,6 +139,54 @@ def test_a_commit_that_qemu_refuses_is_undone(tmp_path: Path, sleeper: subproces
     assert not record(run).committed
 
 
+def cut_journal(run: Run, when: str) -> None:
+    """From now on it cannot be written: `refused` lines, the outcome."""
+    write = run.journal._write
+
+    def cut(record: Any) -> None:
+        if record.get("state") == when or when in record:
+            raise errors.JournalError("no space left on device")
+        write(record)
+
+    run.journal._write = cut  # type: ignore[method-assign]
+
+
+def test_a_refused_commit_is_undone_though_the_journal_is_full(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    run, _ = make(tmp_path, sleeper, Note(name="a"), Note(name="b", commit=True, fails="refused"))
+    cut_journal(run, "refused")
+    outcome = run.execute()
+    assert run.notes == ["do a", "do b", "undo b", "undo a"]
+    assert outcome.exit_code == Exit.ROLLED_BACK
+
+
+def test_an_outcome_that_cannot_be_recorded_is_told_all_the_same(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    run, _ = make(tmp_path, sleeper, Note(name="a", fails="broken"), Note(name="b", commit=True))
+    cut_journal(run, "outcome")
+    outcome = run.execute()
+    assert (outcome.status, outcome.where) == (Status.ROLLED_BACK, errors.AS_BEFORE)
+    assert any("journal stays open" in note for note in outcome.notes)
+    assert record(run).open
+
+
+@pytest.mark.parametrize(
+    ("state", "committed"),
+    [("doing", True), ("failed", True), ("done", True), ("refused", False), ("undoing", False), ("undone", False)],
+)
+def test_what_the_commits_line_means(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], state: str, committed: bool
+) -> None:
+    """`failed` alone does not say that nothing ran; being undone does."""
+    run, _ = make(tmp_path, sleeper, Note(name="a"), Note(name="b", commit=True))
+    run.journal.step(1, "doing")
+    run.journal.step(1, state)
+    assert record(run).committed is committed
+    run.journal.abandon()
+
+
 def test_an_undo_that_fails_leaves_the_journal_open(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     run, _ = make(tmp_path, sleeper, Note(name="a"), Note(name="b", undo_fails=True), Note(name="c", fails="broken"))
     outcome = run.execute()
