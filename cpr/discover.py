@@ -188,7 +188,7 @@ def _candidate(entry: ProcessEntry, secret: bool) -> Candidate | None:
         name=(settings.name or "") if settings else "",
         uuid=(settings.uuid or "").lower() if settings else "",
         binary=binary,
-        monitors=monitor_addresses(command, table, entry.pid) if command is not None else (),
+        monitors=reachable(monitor_addresses(command, table), entry.pid) if command is not None else (),
         unreadable=tuple(unreadable),
     )
 
@@ -263,9 +263,18 @@ def build_id(path: str) -> str | None:
         return None
 
 
-def monitor_addresses(
-    command: cl.CommandLine, table: Collection[Endpoint] | None, pid: int
-) -> tuple[MonitorAddress, ...]:
+def reachable(addresses: tuple[MonitorAddress, ...], pid: int) -> tuple[MonitorAddress, ...]:
+    """Those that lead to this process: ports and abstract names of another network namespace are not ours to reach."""
+    try:
+        theirs, ours = os.stat(f"/proc/{pid}/ns/net"), os.stat("/proc/self/ns/net")
+    except OSError:
+        return addresses
+    if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino):
+        return addresses
+    return tuple(a for a in addresses if a.path and not a.path.startswith("@"))
+
+
+def monitor_addresses(command: cl.CommandLine, table: Collection[Endpoint] | None) -> tuple[MonitorAddress, ...]:
     """Where QMP servers of the command line listen, as far as the listening socket is the process's own.
 
     `table` None: its descriptors may not be read; then argv is believed.

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.model import Backing, RamBlock
 from cpr.qemu.answers import flag, number, numbers, text
+from cpr.qemu.ram_addresses import addresses_by_probing, host_addresses
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cpr.linux.fds import OpenDescriptor
     from cpr.linux.proc import Mapping as MapsEntry
@@ -97,59 +98,6 @@ def parse_backend(name: str, kind: str, path: str, values: Mapping[str, Any]) ->
         discard_data=flag(values.get("discard-data", False)),
         hugetlb=flag(values.get("hugetlb", False)),
     )
-
-
-# -- addresses, as QEMU knows them
-
-
-def host_addresses(answers: Answers, wanted: Iterable[Backend]) -> dict[str, int]:
-    """Host virtual address by backend id, as far as QEMU tells: `info ramblock` has it from 8.1 on."""
-    table = parse_ramblocks(answers.human("info ramblock"))
-    return {b.id: table[name] for b in wanted for name in (b.id, b.qom_path) if name in table}
-
-
-def parse_ramblocks(printed: str) -> dict[str, int]:
-    """Host address by RAM block name, where the table has a column HVA."""
-    lines = printed.splitlines()
-    if not lines or "HVA" not in lines[0].split():
-        return {}
-    found = {}
-    for line in lines[1:]:
-        # name, page size and its unit, offset, used, total, HVA, [ro/rw]
-        match = re.match(r"\s*(.+?)\s+\d+ \S+\s+0x\w+\s+0x\w+\s+0x\w+\s+0x(\w+)", line)
-        if match:
-            found[match[1]] = int(match[2], 16)
-    return found
-
-
-def addresses_by_probing(answers: Answers, wanted: Iterable[Backend]) -> dict[str, int]:
-    """Host virtual address of each backend's first byte, by asking for one that the guest sees (before QEMU 8.1)."""
-    views = parse_flat_views(answers.human("info mtree -f"))
-    found: dict[str, int] = {}
-    for backend in wanted:
-        for name in (backend.id, backend.qom_path):
-            if name in views and backend.id not in found:
-                guest_address, offset = views[name]
-                printed = answers.human(f"gpa2hva 0x{guest_address:x}")
-                match = re.search(r"Host virtual address for 0x\w+ \((.+)\) is 0x(\w+)", printed)
-                if match and match[1] == name:
-                    found[backend.id] = int(match[2], 16) - offset
-    return found
-
-
-def parse_flat_views(printed: str) -> dict[str, tuple[int, int]]:
-    """(guest physical address, offset in the block) of one range of each RAM region, in the address space `memory`."""
-    found: dict[str, tuple[int, int]] = {}
-    memory = False
-    for line in printed.splitlines():
-        if line.startswith("FlatView"):
-            memory = False
-        elif line.strip().startswith('AS "memory"'):
-            memory = True
-        match = re.match(r"\s+([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:nv-)?ram\): (\S+)(?: @([0-9a-f]+))?", line)
-        if memory and match:
-            found.setdefault(match[2], (int(match[1], 16), int(match[3] or "0", 16)))
-    return found
 
 
 # -- joining both sides
@@ -315,11 +263,12 @@ def ram_blocks(
 ) -> tuple[RamBlock, ...]:
     """Every block of guest RAM. `argv_ids` are the backends that argv names (None: it could not be read)."""
     wanted = backends(answers)
-    addresses = host_addresses(answers, wanted)
+    names = {b.id: (b.id, b.qom_path) for b in wanted}
+    addresses = host_addresses(answers, names)
     located = {b.id: locate(b, maps, table, addresses.get(b.id)) for b in wanted}
     unsure = [b for b in wanted if located[b.id] is None and (b.share or b.qom_type != f"{PREFIX}ram")]
     if unsure and maps:
-        addresses = addresses_by_probing(answers, unsure)
+        addresses = addresses_by_probing(answers, {b.id: names[b.id] for b in unsure})
         located.update({b.id: locate(b, maps, table, addresses[b.id]) for b in unsure if b.id in addresses})
     default = default_backend(answers)
     mounts = parse_mountinfo(mountinfo)

@@ -18,15 +18,16 @@ import pytest
 
 from cpr import discover, survey
 from cpr.errors import AmbiguousGuest, GuestVanished, MonitorError, MonitorHeld, NoSuchGuest, NotQemu
-from cpr.linux import elf
+from cpr.linux import elf, proc
 from cpr.model import MonitorAddress
 from cpr.qemu import qmp
+from tests.lab.start import MARK
 from tests.qemu.surveying import KEYS, await_listening, bare, candidate, start, surveyed, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cpr.model import Guest
+    from cpr.model import Candidate, Guest
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
 
@@ -324,6 +325,40 @@ def test_a_stopped_qemu_is_listed_and_cannot_be_asked(lab: Lab, builds: Callable
             survey.open_monitor(found)
     finally:
         orphan.kill(signal.SIGCONT)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+@pytest.mark.parametrize("key", KEYS)
+def test_a_container(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> None:
+    """A QEMU in pid, network and mount namespaces of its own, with a file system that only it sees."""
+    pid_namespace = ["unshare", "--pid", "--fork", "--net", "--mount", "--mount-proc"]
+    inside = "mount -t tmpfs none /mnt && exec \"$@\""
+    command = [*pid_namespace, "sh", "-c", inside, "sh", *bare(builds(key))]
+    command += ["-smp", "2", "-object", "iothread,id=io0", "-qmp", "unix:/mnt/qmp,server=on,wait=off"]
+    command += ["-qmp", "tcp:127.0.0.1:4444,server=on,wait=off"]
+    command += ["-chardev", "socket,id=s,path=/mnt/s,server=on,wait=off", "-serial", "chardev:s"]
+    wrapper = lab.start(command, name="container")
+
+    def mine() -> list[Candidate]:
+        return [c for c in discover.candidates() if dict(environ(c.process.pid)).get(MARK) == str(lab.directory)]
+
+    until(lambda: [c for c in mine() if c.monitors])
+    (found,) = mine()
+    assert found.process.pid != wrapper.pid
+    assert [str(m) for m in found.monitors] == ["/mnt/qmp"], "the port is another network's"
+    guest = survey.survey(found)
+    tasks = {int(t) for t in os.listdir(f"/proc/{found.process.pid}/task")}
+    assert {v.thread_id for v in guest.vcpus} | {tid for _, tid in guest.iothreads} <= tasks
+    assert "container" in {s.kind for s in guest.supervisors}
+    assert all(f.owner for f in guest.open_files if f.kind == "listener")
+    assert {c.label: c.listener for c in guest.chardevs}["s"] is not None
+
+
+def environ(pid: int) -> tuple[tuple[str, str], ...]:
+    try:
+        return proc.read_environ(pid)
+    except ProcessLookupError:
+        return ()
 
 
 def test_build_id_is_that_of_the_file(builds: Callable[[str], QemuBuild]) -> None:

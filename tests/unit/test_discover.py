@@ -115,7 +115,7 @@ def tcp(number: int, host: str, port: int) -> Endpoint:
 
 def monitors(words: list[str], table: list[Endpoint] | None) -> dict[str, str]:
     command = cl.CommandLine.parse(["qemu", *words])
-    return {m.label: str(m) for m in discover.monitor_addresses(command, table, 1)}
+    return {m.label: str(m) for m in discover.monitor_addresses(command, table)}
 
 
 def test_monitors_in_all_spellings() -> None:

@@ -12,7 +12,7 @@ import pytest
 from cpr.linux.fds import OpenDescriptor
 from cpr.linux.proc import parse_maps
 from cpr.model import Backing
-from cpr.qemu import memory
+from cpr.qemu import memory, ram_addresses
 from cpr.qemu.memory import Backend, Mount, Opened
 
 MIB = 1 << 20
@@ -91,14 +91,15 @@ def descriptor(number: int, inode: int, target: str = "", device: int = 0, flags
 
 
 def test_host_addresses_where_the_table_has_them() -> None:
-    assert memory.parse_ramblocks(RAMBLOCK_10)["r0"] == 0x7FB00BFFF000
-    assert memory.parse_ramblocks(RAMBLOCK_10)["/objects/r1"] == 0x7FB070600000
-    assert memory.parse_ramblocks(RAMBLOCK_7) == {}
-    assert memory.parse_ramblocks("") == {}
+    assert ram_addresses.parse_ramblocks(RAMBLOCK_10)["r0"] == 0x7FB00BFFF000
+    assert ram_addresses.parse_ramblocks(RAMBLOCK_10)["/objects/r1"] == 0x7FB070600000
+    assert ram_addresses.parse_ramblocks(RAMBLOCK_7) == {}
+    assert ram_addresses.parse_ramblocks("") == {}
 
 
 def test_flat_views_of_the_memory_address_space() -> None:
-    assert memory.parse_flat_views(MTREE) == {"node0": (0, 0), "node1": (0x2000000, 0), "nv": (0x100000000, 0x1000)}
+    views = ram_addresses.parse_flat_views(MTREE)
+    assert views == {"node0": (0, 0), "node1": (0x2000000, 0), "nv": (0x100000000, 0x1000)}
 
 
 @pytest.mark.parametrize(
