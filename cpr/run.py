@@ -80,6 +80,9 @@ class Run:
     """What one step of an engine leaves for a later one."""
     stop_time: float | None = None
     resume_time: float | None = None
+    doing: str = ""
+    """The step that is being done."""
+    undoing: bool = False
     committed: bool = False
     interrupted: int = 0
     """Exit code of the interruption (130, 143), 0 for none."""
@@ -121,6 +124,11 @@ class Run:
             raise DeadlinePassed(step, f"not done within {limit:g} s", hint=f"{which} allows longer")
         if self.new is not None and not self.new.alive():
             raise NewQemuDied(step, "ended", self.words())
+
+    def attend(self) -> None:
+        """`check`, for whoever waits for an answer in the course of a step; on the way back nothing is in a hurry."""
+        if not self.undoing:
+            self.check(self.doing)
 
     def wait_event(
         self,
@@ -195,7 +203,8 @@ class Run:
         begun: list[tuple[int, Step]] = []
         for index, step in enumerate(self.plan.steps):
             try:
-                self.check(step.describe())
+                self.doing = step.describe()
+                self.check(self.doing)
                 begun.append((index, step))
                 self._tell(index, step, "doing")
                 if step.commit:
@@ -222,6 +231,7 @@ class Run:
 
     def _undo(self, begun: list[tuple[int, Step]]) -> None:
         """Undo in reverse; whatever fails, the rest is undone too, and the journal stays open for `cpr recover`."""
+        self.undoing = True
         for index, step in reversed(begun):
             try:
                 with contextlib.suppress(CprError):

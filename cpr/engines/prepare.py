@@ -55,7 +55,7 @@ class OpenMonitor(Step):
                     first, run.extra["second"] = clients.two_places(address, pid, listener)
         except TimeoutError:
             raise MonitorHeld(str(address), "its queue of waiting clients is full", hint="somebody holds it") from None
-        run.old_monitor = qmp.negotiate(first, str(address))
+        run.old_monitor = qmp.negotiate(first, str(address), attend=run.attend)
         status = run.monitor.execute("query-status")["status"]
         if status != self.guest.runstate:
             raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
@@ -251,7 +251,7 @@ class StartNew(Step):
         if control.fileno() not in ready:
             run.new.wait_dead(1.0)
             raise NewQemuDied(self.describe(), "ended at its start", run.words())
-        return qmp.negotiate(control, "of the new QEMU", timeout=max(1.0, run.remaining()))
+        return qmp.negotiate(control, "of the new QEMU", timeout=max(1.0, run.remaining()), attend=run.attend)
 
     def _same_ram(self, run: Run) -> None:
         """The new QEMU has mapped the very pages, shared: by device and inode of the mapping."""

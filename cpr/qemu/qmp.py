@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -31,16 +32,19 @@ from qemu.qmp.protocol import StateError
 from cpr.errors import CommandFailed, MonitorError, MonitorHeld
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator
     from concurrent.futures import Future
 
     from cpr.model import MonitorAddress
 
 T = TypeVar("T")
+Attend = Callable[[], None] | None
 
 GREETING_SECONDS = 3.0
 """A QEMU whose main loop is alive greets within milliseconds; one client at a time is served."""
 COMMAND_SECONDS = 30.0
+ATTENTION_SECONDS = 0.05
+"""Between two looks at whether to go on waiting."""
 
 for _logger in ("qemu.qmp", "asyncio"):  # what matters is raised, with its reason
     logging.getLogger(_logger).setLevel(logging.CRITICAL)
@@ -60,16 +64,33 @@ class _Loop:
                 threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True).start()
             return self._loop
 
-    def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout: float, attend: Attend = None) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self.get())
         try:
-            return future.result(timeout)
+            return _result(future, timeout, attend)
         except FutureTimeoutError:
-            future.cancel()
             raise TimeoutError from None
 
 
 _loop = _Loop()
+
+
+def _result(future: Future[T], timeout: float, attend: Attend) -> T:
+    """What comes of it, awaited in slices between which `attend` looks up. Given up: it is cancelled."""
+    deadline = time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return future.result(left if attend is None else max(0.0, min(left, ATTENTION_SECONDS)))
+        except FutureTimeoutError:
+            if attend is None or left <= ATTENTION_SECONDS:
+                future.cancel()
+                raise
+        try:
+            attend()
+        except BaseException:
+            future.cancel()
+            raise
 
 
 class Event:
@@ -93,21 +114,21 @@ class Event:
 class Pending:
     """A command that was sent; `result` waits for its reply. Errors as those of `Monitor.execute`."""
 
-    __slots__ = ("_address", "_command", "_future")
+    __slots__ = ("_address", "_attend", "_command", "_future")
 
-    def __init__(self, address: str, command: str, future: Future[Any]) -> None:
+    def __init__(self, address: str, command: str, future: Future[Any], attend: Attend = None) -> None:
         self._address = address
         self._command = command
         self._future = future
+        self._attend = attend
 
     def result(self, timeout: float = COMMAND_SECONDS) -> Any:
-        """The value that QEMU returned."""
+        """The value that QEMU returned; a reply that comes after the wait was given up is dropped."""
         try:
-            return self._future.result(timeout)
+            return _result(self._future, timeout, self._attend)
         except ExecuteError as error:
             raise CommandFailed(self._command, error.error_class, str(error)) from None
         except FutureTimeoutError:
-            self._future.cancel()
             raise MonitorError(self._address, f"no answer to {self._command} within {timeout:g} s") from None
         except (ExecInterruptedError, StateError, EOFError, ConnectionError):
             raise MonitorError(self._address, f"QEMU hung up during {self._command}") from None
@@ -118,9 +139,10 @@ class Pending:
 class Monitor:
     """A negotiated QMP session. Errors: `MonitorError`, `CommandFailed`."""
 
-    def __init__(self, client: QMPClient, address: str) -> None:
+    def __init__(self, client: QMPClient, address: str, attend: Attend = None) -> None:
         self.address = address
         self._client = client
+        self._attend = attend
         self._events: list[Event] = []
         self._arrived = threading.Condition()
         self._closed = False
@@ -185,7 +207,7 @@ class Monitor:
         Argument names are taken as they stand.
         """
         work = self._client.execute(command, arguments or None)
-        return Pending(self.address, command, asyncio.run_coroutine_threadsafe(work, _loop.get()))
+        return Pending(self.address, command, asyncio.run_coroutine_threadsafe(work, _loop.get()), self._attend)
 
     def send_fd(self, name: str, number: int) -> None:
         """Hand a descriptor to QEMU under a name (`getfd`); the caller keeps its own."""
@@ -302,8 +324,12 @@ def connect_unix(path: str, *, timeout: float = 2.0) -> socket.socket:
     return sock
 
 
-def negotiate(sock: socket.socket, name: str, *, timeout: float = GREETING_SECONDS) -> Monitor:
+def negotiate(
+    sock: socket.socket, name: str, *, timeout: float = GREETING_SECONDS, attend: Attend = None
+) -> Monitor:
     """Take a connected socket through greeting and negotiation. The socket belongs to the monitor from here on.
+
+    `attend` is called again and again while an answer is awaited, here and later; what it raises ends the wait.
 
     Raises:
         MonitorHeld: nobody greets: QEMU serves one client a monitor, so somebody else is being served, or it hangs.
@@ -312,7 +338,7 @@ def negotiate(sock: socket.socket, name: str, *, timeout: float = GREETING_SECON
     client = QMPClient()
     sock.setblocking(False)
     try:
-        _loop.run(client.connect(sock), timeout)
+        _loop.run(client.connect(sock), timeout, attend)
     except TimeoutError:
         sock.close()
         raise MonitorHeld(
@@ -323,7 +349,10 @@ def negotiate(sock: socket.socket, name: str, *, timeout: float = GREETING_SECON
     except (ConnectError, QMPError, OSError, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
         sock.close()
         raise MonitorError(name, f"does not speak QMP: {_words(error)}") from None
-    return Monitor(client, name)
+    except BaseException:
+        sock.close()
+        raise
+    return Monitor(client, name, attend)
 
 
 def connect(address: MonitorAddress, pid: int | None = None, *, timeout: float = GREETING_SECONDS) -> Monitor:
