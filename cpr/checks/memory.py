@@ -15,7 +15,7 @@ from cpr.qemu.cmdline import devices
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cpr.model import Finding, Guest, RamBlock, Rehearsal
+    from cpr.model import Finding, Guest, RamBlock, Rehearsal, Target
     from cpr.qemu.cmdline import CommandLine
 
 NAMED_FILES_ONLY = (8, 1)
@@ -100,8 +100,15 @@ def ram_discarded_at_exit(guest: Guest) -> Iterator[Finding]:
             )
 
 
+VIRTIO_MEM_KEEPS = (8, 1)
+"""From this QEMU on virtio-mem leaves its RAM alone when it waits for state (8.1, "virtio-mem: Support
+"x-ignore-shared" migration"); before it the device's start throws the pages away. Nothing that can be asked tells."""
+
+
 @check("writes-ram-at-start", "Options with which the new QEMU would write into the guest's RAM", ignorable=False)
-def writes_ram_at_start(command: CommandLine, rehearsal: Rehearsal | None = None) -> Iterator[Finding]:
+def writes_ram_at_start(
+    command: CommandLine, target: Target | None = None, rehearsal: Rehearsal | None = None
+) -> Iterator[Finding]:
     """A second QEMU must not write the RAM it maps: the loader device does, incoming state or not."""
     for device in devices(command):
         source = next((key for key in ("data", "file") if key in device.params), None)
@@ -112,12 +119,23 @@ def writes_ram_at_start(command: CommandLine, rehearsal: Rehearsal | None = None
                 f"-device loader,{what} is written into the guest's RAM whenever a QEMU starts",
                 "start the guest the next time without it (-kernel, -initrd and firmware are fine)",
             )
+        elif device.driver.startswith("virtio-mem") and _throws_away(target):
+            yield blocker(
+                device.id or device.driver,
+                f"{device.driver} of the new QEMU ({target.binary if target else '?'}) would throw this RAM away as it "
+                "starts, while the guest uses it",
+                "choose QEMU 8.1 or newer with --qemu, or unplug the device",
+            )
     for block, count in rehearsal.written if rehearsal else ():
         yield blocker(
             block,
             f"the rehearsed start of the new QEMU wrote {size(count)} into this RAM, which the guest is using",
             "`cpr show` lists the command line; the option that loads something into RAM has to go",
         )
+
+
+def _throws_away(target: Target | None) -> bool:
+    return target is not None and (version_of(target.binary.version) or (0, 0)) < VIRTIO_MEM_KEEPS
 
 
 def version_of(text: str | None) -> tuple[int, int] | None:
