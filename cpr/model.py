@@ -329,6 +329,8 @@ class Guest:
     """(-readconfig path, its text) where argv has one."""
     cpu_features: tuple[tuple[str, bool], ...] = ()
     """The boolean properties of its CPU model as its own QEMU expands them; empty where it was not told."""
+    generation_id: str = ""
+    """What its vmgenid device tells the guest; "" where it has none."""
     changed_files: tuple[str, ...] = ()
     """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()

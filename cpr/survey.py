@@ -223,6 +223,11 @@ class _Survey:
             added_options=files.added_options(candidate.argv, dict(environ)),
             stats_polling=devices.stats_polling(answers, plugged),
             config_files=config_files(pid, candidate.argv),
+            generation_id=(
+                answers.read("query-vm-generation-id", lambda r: text(mapping(r)["guid"]), "")
+                if any(d.type == "vmgenid" for d in plugged)
+                else ""
+            ),
             cpu_features=cpu.features(answers, command),
             changed_files=files.changed_since(pid, candidate.process.start_time, config_files(pid, candidate.argv)),
             unreadable=tuple(dict.fromkeys((*candidate.unreadable, *self.unreadable))),

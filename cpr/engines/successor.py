@@ -118,6 +118,8 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
     line = _without_control(line)
     line = cl.with_machine_type(line, guest.machine)
     line = cl.with_log_append(line)
+    if guest.generation_id:
+        line = cl.with_generation_id(line, guest.generation_id)
     for block in guest.ram:
         if block.fd is not None and block.shared:
             line = cl.with_memory_backend_fd(line, block.id, take(f"ram:{block.id}", block.fd, block.inode))

@@ -148,9 +148,9 @@ class Subject:
                 process.wait(0.02)  # not listening yet, or it has just ended
         process.kill()
         process.wait(10)
-        words = log.read_text(errors="replace")
-        assert "Could not open" not in words, f"the twin is not what it should be: {words}"
-        return Load(taken, words)
+        said = log.read_text(errors="replace")
+        assert "Could not open" not in said, f"the twin is not what it should be: {said}"
+        return Load(taken, said)
 
 
 def migration_end(session: Monitor, seconds: float = SAVE_SECONDS) -> str:

@@ -38,6 +38,19 @@ def with_machine_type(cmdline: CommandLine, machine_type: str) -> CommandLine:
     return replace(cmdline, options=(Option("machine", machine_type), *cmdline.options))
 
 
+def with_generation_id(cmdline: CommandLine, guid: str) -> CommandLine:
+    """`-device vmgenid` with this very identifier.
+
+    With `guid=auto` every start makes a new one and tells the guest, which takes itself for a clone.
+    """
+
+    def edited(option: Option) -> Option:
+        is_one = option.name == "device" and option.params.get("driver") == "vmgenid"
+        return option.with_params(option.params.with_(guid=guid)) if is_one else option
+
+    return cmdline.mapped(edited)
+
+
 def without(cmdline: CommandLine, names: Iterable[str]) -> CommandLine:
     """Every option of these names removed, with or without dashes, however often it stands there."""
     gone = {canonical_name(name) for name in names}

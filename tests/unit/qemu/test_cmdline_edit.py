@@ -11,6 +11,7 @@ from cpr.qemu.cmdline import (
     append_options,
     for_incoming,
     remove_appended,
+    with_generation_id,
     with_machine_type,
     with_memory_backend_fd,
     with_memory_backend_memfd,
@@ -44,6 +45,19 @@ def test_program() -> None:
 )
 def test_machine_type(before: str, after: str) -> None:
     assert words(with_machine_type(line(before), "T")) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("-device vmgenid,guid=auto,id=g -device VGA", "-device vmgenid,guid=G,id=g -device VGA"),
+        ("-device vmgenid", "-device vmgenid,guid=G"),
+        ('-device {"driver":"vmgenid","guid":"auto"}', '-device {"driver":"vmgenid","guid":"G"}'),
+        ("-device VGA", "-device VGA"),
+    ],
+)
+def test_generation_id(before: str, after: str) -> None:
+    assert words(with_generation_id(line(before), "G")) == after
 
 
 def test_without() -> None:
