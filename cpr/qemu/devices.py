@@ -1,4 +1,4 @@
-"""What is plugged into a guest and what it shows: devices, VNC, jobs, threads; and the sockets at a moment.
+"""What is plugged into a guest and what it shows: devices, VNC, jobs, threads; and which sockets a process has.
 
 Facts that come from QMP alone are parsed here; `chardevs`, `network`, `block` and `memory` have the others.
 """
@@ -6,20 +6,16 @@ Facts that come from QMP alone are parsed here; `chardevs`, `network`, `block` a
 from __future__ import annotations
 
 import os
-import socket
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cpr.errors import CommandFailed, MonitorError
-from cpr.model import BlockChain, Chardev, Device, MonitorAddress, Vcpu, VncServer
-from cpr.qemu import block, sockets
-from cpr.qemu.answers import NONSENSE, Answers, flag, mapping, mappings, number, text
+from cpr.errors import CommandFailed
+from cpr.model import Device, Vcpu, VncServer
+from cpr.qemu import sockets
+from cpr.qemu.answers import Answers, flag, mapping, mappings, number, text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from cpr.linux.fds import Fd
-    from cpr.qemu.qmp import Monitor
     from cpr.qemu.sockets import Endpoint
 
 ENDED_JOBS = ("concluded", "null")
@@ -148,39 +144,7 @@ def spice(answers: Answers) -> tuple[bool, frozenset[int]]:
         return False, frozenset()
 
 
-# -- at a moment, between two steps of an update
-
-
-def block_chains(monitor: Monitor) -> tuple[BlockChain, ...]:
-    """Device -> node -> files now."""
-    reply = monitor.execute("query-block")
-    try:
-        return block.parse_chains(reply)
-    except NONSENSE:
-        raise MonitorError(monitor.address, "answers nonsense to query-block") from None
-
-
-def running_jobs(monitor: Monitor) -> tuple[str, ...]:
-    """Jobs that are not through now."""
-    return jobs(Answers(monitor))
-
-
-def connected_clients(pid: int, chardevs: Collection[Chardev]) -> tuple[Chardev, ...]:
-    """`chardevs` with the clients that are connected to their listeners now; only /proc is read.
-
-    Raises:
-        ProcessLookupError: the process is gone.
-    """
-    table = sockets.endpoints(pid, socket_descriptors(pid))
-    by_number = {e.number: e for e in table}
-    found = []
-    for chardev in chardevs:
-        if chardev.backend == "socket" and chardev.server and chardev.listener in by_number:
-            clients = sockets.clients_of(table, by_number[chardev.listener])
-            client = clients[0].number if len(clients) == 1 else None
-            chardev = replace(chardev, client=client, connected=bool(clients))
-        found.append(chardev)
-    return tuple(found)
+# -- sockets
 
 
 def socket_descriptors(pid: int) -> list[tuple[int, int]]:
@@ -203,15 +167,3 @@ def _socket_descriptors(directory: str) -> Iterator[tuple[int, int]]:
             continue  # closed meanwhile
         if target.startswith("socket:["):
             yield int(name), int(target[8:-1])
-
-
-def listen_address(listener: Fd, label: str) -> MonitorAddress:
-    """Where a listening socket of ours is bound: by a UNIX path, an abstract name (`@name`), or host and port."""
-    with socket.socket(fileno=os.dup(listener.number)) as sock:
-        name = sock.getsockname()
-    if isinstance(name, bytes):
-        return MonitorAddress(label=label, path="@" + os.fsdecode(name[1:]))
-    if isinstance(name, str):
-        return MonitorAddress(label=label, path=name)
-    host, port = name[0], name[1]
-    return MonitorAddress(label=label, host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port=port)  # noqa: S104

@@ -49,10 +49,13 @@ def endpoints(pid: int, sockets: Iterable[tuple[int, int]]) -> tuple[Endpoint, .
     wanted = sorted(sockets)
     if not wanted:
         return ()
-    known = {e.inode: e for e in _listed(proc.read_net_unix(pid), proc.read_net_tcp(pid))}
-    if any(inode not in known for _, inode in wanted):
-        own = os.getpid()
-        known = {e.inode: e for e in _listed(proc.read_net_unix(own), proc.read_net_tcp(own))} | known
+    inodes = {inode for _, inode in wanted}
+    known: dict[int, Endpoint] = {}
+    for place in (pid, os.getpid()):
+        if not inodes <= known.keys():
+            known = {e.inode: e for e in _listed(proc.read_net_unix(place), ())} | known
+        if not inodes <= known.keys():  # asked last, as the kernel takes milliseconds to list TCP sockets
+            known = {e.inode: e for e in _listed((), proc.read_net_tcp(place))} | known
     return join(wanted, known.values())
 
 

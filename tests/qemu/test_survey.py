@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cpr import survey
+from cpr.qemu import block, devices
 from cpr.qemu import cmdline as cl
-from cpr.qemu import devices
+from cpr.qemu.answers import Answers
 from tests.lab import qemu, tap
 from tests.qemu.surveying import KEYS, await_listening, candidate, start, surveyed
 
@@ -154,8 +155,6 @@ def test_connected_clients(lab: Lab, builds: Callable[[str], QemuBuild], key: st
         assert (found["u"].queued, found["t"].queued, found["f"].queued, found["n"].queued) == (0, 1, 2, 0)
         assert len({found[c].client for c in "utf"}) == 3
         assert unowned(guest) == []
-        again = {c.label: c for c in devices.connected_clients(orphan.pid, idle.chardevs)}
-        assert {label: again[label].client for label in "utfn"} == {label: found[label].client for label in "utfn"}
 
 
 def map_of(guest: Guest, labels: str) -> dict[str, Chardev]:
@@ -247,10 +246,10 @@ def test_drives(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> None:
         )
         after = {c.device: c for c in survey.survey(found, monitor).chains}
         assert after["vd"].files == (str(snap), str(top), str(base))
-        assert tuple(devices.block_chains(monitor)) == tuple(after.values())
+        assert block.chains(Answers(monitor)) == tuple(after.values())
         monitor.execute("block-commit", job_id="job0", device="snap", speed=1)
         assert survey.survey(found, monitor).jobs == ("commit job0",)
-        assert devices.running_jobs(monitor) == ("commit job0",)
+        assert devices.jobs(Answers(monitor)) == ("commit job0",)
     base.unlink()
     (lab.directory / "cd").unlink()
     assert surveyed(orphan).gone_files == (f"{lab.directory}/cd",)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cpr.linux import fds
 from cpr.linux.fds import OpenDescriptor
 from cpr.model import BlockChain, Chardev
 from cpr.qemu import block, chardevs, cpu, descriptors, devices, network, sockets
@@ -283,19 +282,6 @@ def test_parse_vnc() -> None:
     )
     assert (first.websocket, first.clients) == (True, 1)
     assert (second.id, second.listeners, second.clients) == ("second", (), 0)
-
-
-def test_listen_address(tmp_path: Any) -> None:
-    with socket.socket(socket.AF_UNIX) as named, socket.socket(socket.AF_UNIX) as abstract, socket.socket() as inet:
-        named.bind(str(tmp_path / "s"))
-        abstract.bind(b"\0cpr-test-abstract")
-        inet.bind((ANY, 0))
-        found = []
-        for sock in (named, abstract, inet):
-            with fds.Fd(sock.detach()) as fd:
-                found.append(devices.listen_address(fd, "m"))
-    assert [str(a) for a in found[:2]] == [str(tmp_path / "s"), "@cpr-test-abstract"]
-    assert (found[2].host, found[2].port > 0) == ("127.0.0.1", True)
 
 
 # -- descriptors
