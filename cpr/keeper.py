@@ -1,6 +1,6 @@
 """The keeper: a process of its own, in its own session, that runs one plan and outlives the command that asked for it.
 
-    command ── pickled request, then "interrupt CODE" lines ──► keeper's standard input
+    command ── length, pickled request, then "interrupt CODE" lines ──► keeper's standard input
     command ◄── JSON lines: steps, blackout, outcome ────────── keeper's standard output
 
 The command may die, its ssh session may end, Ctrl-C may be pressed: a guest is never left standing still. When the
@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
+LENGTH = struct.Struct("=Q")
 OOM_SCORE = "-1000"
 NICENESS = -10
 """The blackout is a conversation with two QEMUs: on a busy host the keeper should not queue behind vCPUs."""
@@ -121,8 +123,9 @@ def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | 
         env={**os.environ, "PYTHONPATH": path},
     )
     assert process.stdin is not None
+    pickled = pickle.dumps(request)
     with contextlib.suppress(BrokenPipeError):
-        pickle.dump(request, process.stdin)
+        process.stdin.write(LENGTH.pack(len(pickled)) + pickled)
         process.stdin.flush()
     return Handle(process, request)
 
@@ -136,10 +139,21 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     sys.setswitchinterval(0.001)
-    request: _Request = pickle.load(sys.stdin.buffer)  # noqa: S301 - our own parent
+    request: _Request = pickle.loads(_read(*LENGTH.unpack(_read(LENGTH.size))))  # noqa: S301 - our own parent
     out = sys.stdout.buffer
     outcome = _work(request, out)
     _say(out, {"event": "outcome", "value": base64.b64encode(pickle.dumps(outcome)).decode()})
+
+
+def _read(size: int) -> bytes:
+    """So many bytes of standard input and not one more: an interrupt may follow at once, for `_listen` to read."""
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
+        if not part:
+            sys.exit("the command went away")
+        data += part
+    return data
 
 
 def _work(request: _Request, out: BinaryIO) -> Outcome:
