@@ -26,8 +26,8 @@ def test_a_client_that_does_not_read_gets_everything_later(
     lab.start(
         [
             *builds("7.2").command,
-            *"-name slow -M q35,memory-backend=ram0 -accel tcg -m 64M -nodefaults -display none".split(),
-            *"-object memory-backend-memfd,id=ram0,size=64M,share=on".split(),
+            *["-name", "slow", "-M", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "64M", "-nodefaults", "-display", "none"],
+            *["-object", "memory-backend-memfd,id=ram0,size=64M,share=on"],
             *f"-chardev socket,id=console,path={path},server=on,wait=on -serial chardev:console".split(),
             *f"-qmp unix:{lab.directory}/qmp,server=on,wait=off".split(),
             *counting.arguments(disk),
