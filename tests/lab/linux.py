@@ -21,7 +21,7 @@ from tests.lab.cpio import Archive
 RECIPE = "2"
 SUITE = "bookworm"
 INIT = Path(__file__).with_name("linux-init.sh")
-MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng", "virtio_mem")
 APPLETS = (
     *("cat", "cmp", "dd", "head", "insmod", "ip", "mkfifo", "mount", "nc", "nproc", "poweroff", "reboot"),
     *("seq", "sh", "stty", "taskset", "yes"),
