@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.engines.successor import MARK, run_mark
 from cpr.engines.taps import TapGuard
 from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
@@ -215,6 +216,7 @@ class StartNew(Step):
                 stdin=run.descriptors.get("stdio:0"),
                 stdout=run.descriptors.get("stdio:1"),
                 stderr=run.descriptors.get("stdio:2"),
+                mark=(MARK, run_mark(self.run_id, self.guest.process.pid)),
             )
         finally:
             if theirs is not None:

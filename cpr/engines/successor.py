@@ -42,6 +42,9 @@ DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc",
 
 VHOST_NET = "/dev/vhost-net"
 
+MARK = "CPR_RUN"
+"""Environment variable of the new QEMU, and of the helper that becomes it: see `run_mark`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
@@ -226,7 +229,7 @@ def _with_fdsets(line: cl.CommandLine, guest: Guest, take: Callable[[str, int], 
 
 def _environ(guest: Guest, target: Target, run_id: str) -> tuple[tuple[str, str], ...]:
     kept = [(k, v) for k, v in guest.environ if not DROPPED_VARIABLES.match(k)]
-    ours = {"CPR_RUN": run_mark(run_id, guest.process.pid), "CPR_PIDFILE": guest.pidfile}
+    ours = {MARK: run_mark(run_id, guest.process.pid), "CPR_PIDFILE": guest.pidfile}
     if target.extra_options:
         ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))
     return (*kept, *((k, v) for k, v in ours.items() if v))
@@ -234,5 +237,5 @@ def _environ(guest: Guest, target: Target, run_id: str) -> tuple[tuple[str, str]
 
 
 def run_mark(run_id: str, old_pid: int) -> str:
-    """The value of CPR_RUN in the new QEMU: which run started it, in place of whom."""
+    """The value of `MARK`: which run started it, in place of whom."""
     return f"{run_id}/{old_pid}"

@@ -65,6 +65,8 @@ def launch(
     stdin: int | Fd | None = None,
     stdout: int | Fd | None = None,
     stderr: int | Fd | None = None,
+    mark: tuple[str, str] | None = None,
+    ends_with_us: bool = False,
     timeout: float = 30.0,
 ) -> Launched:
     """Start a program in a likeness, as our child; wait (at most `timeout` seconds) until it is exec'ed.
@@ -72,6 +74,10 @@ def launch(
     `executable` is its path, as seen in the likeness's mount namespace and root, and its (st_dev, st_ino); None is
     believed as it is. `descriptors` are {number there: our descriptor}; 0, 1 and 2 may be among them, or given as
     `stdin`, ..., and are /dev/null if nobody names them. Everything else of ours is closed there.
+
+    `mark` is a variable that the helper has in its environment from its first moment, so that it can be found before
+    it is the program. `ends_with_us`: the kernel kills the program when the calling thread ends (not through exec of a
+    set-user-id program, and not where a container refuses CLONE_PARENT).
 
     The likeness's process, if it still lives, gives working directory, root and namespaces; if it does not, the
     directory is found by its path, and a namespace that is not ours is an error.
@@ -89,8 +95,9 @@ def launch(
             "environ": [f"{name}={value}" for name, value in environ],
             "executable": executable[0],
             "identity": list(executable[1]) if executable[1] is not None else None,
+            "ends_with_us": ends_with_us,
         }
-        here, said, pid = _spawn(held)
+        here, said, pid = _spawn(held, dict([mark] if mark else []))
         helper = held.enter_context(open_pidfd(pid))
         messages: list[dict[str, Any]] = []
         try:
@@ -225,7 +232,7 @@ def parse_id_map(text: str) -> list[tuple[int, int, int]]:
     return [(int(row[0]), int(row[1]), int(row[2])) for row in rows if len(row) == 3]
 
 
-def _spawn(held: contextlib.ExitStack) -> tuple[socket.socket, Fd, int]:
+def _spawn(held: contextlib.ExitStack, marks: Mapping[str, str]) -> tuple[socket.socket, Fd, int]:
     """Start the helper: our end of its socket, the memfd that is its standard error, its pid."""
     here, there = socket.socketpair()
     held.enter_context(here)
@@ -237,7 +244,7 @@ def _spawn(held: contextlib.ExitStack) -> tuple[socket.socket, Fd, int]:
             pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-S", "-s", "-P", "-c", _PROGRAM],
-                {**environ, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"},
+                {**environ, **marks, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"},
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),

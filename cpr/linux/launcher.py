@@ -73,6 +73,8 @@ class Launcher:
         self.spec = spec
         self.fds = fds
         self.unmet: list[str] = []
+        self.forked = False
+        """Our parent is the first helper, which has ended or is about to."""
 
     def run(self) -> NoReturn:
         spec = self.spec
@@ -102,7 +104,9 @@ class Launcher:
         for name, (soft, _) in spec["limits"].items():
             self.step(name, set_soft_limit, name, soft)
         reset_signals()
-        self.say({"unmet": self.unmet})
+        if spec["ends_with_us"] and not self.forked:
+            self.step("parent", sc.prctl, sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+        self.say({"unmet": self.unmet})  # who asked for it has died: EPIPE, and nothing is executed
         arguments = [os.fsencode(a) for a in spec["argv"]]
         environ = [os.fsencode(e) for e in spec["environ"]]
         self.step("exec", sc.execve, os.fsencode(spec["executable"]), arguments, environ)
@@ -198,6 +202,7 @@ class Launcher:
             if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
                 raise
             pid = os.fork()  # a container's seccomp filter, or we are the first of a namespace ourselves
+            self.forked = True
         if pid:
             self.say({"pid": pid})
             os._exit(0)

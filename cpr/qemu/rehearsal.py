@@ -141,6 +141,7 @@ def _launch(
             descriptors={MONITOR_NUMBER: monitor},
             stdout=said,
             stderr=said,
+            ends_with_us=True,
             timeout=max(0.1, deadline - time.monotonic()),
         )
     except ProcessLookupError:

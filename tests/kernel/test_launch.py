@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
@@ -716,3 +717,61 @@ def test_threaded_cgroup_of_v2() -> None:
             assert dataclasses.replace(entry, path=entry.path + "/vcpu0") in like.cgroups
             with started(like) as new:
                 assert differences(like, likeness_of(new.pid)) == ()
+
+
+CALLER = """
+import os, signal, sys
+from cpr.linux import launch, likeness
+spawn = launch._spawn
+def spawn_stopped(*arguments):
+    result = spawn(*arguments)
+    os.kill(result[2], signal.SIGSTOP)
+    print(result[2], flush=True)
+    return result
+if sys.argv[1:2] == ["stopped"]:
+    launch._spawn = spawn_stopped
+launched = likeness.launch(
+    likeness.likeness_of(os.getpid()), argv=["sleep", "1000"], environ=[], executable=(os.path.realpath("/bin/sleep"), None),
+    mark=("MARK", "here"), ends_with_us="ends" in sys.argv,
+)
+print(launched.pid, flush=True)
+signal.pause()
+"""  # fmt: skip  # noqa: E501
+
+
+@contextlib.contextmanager
+def killed_caller(*words: str) -> Iterator[Process]:
+    """What a caller has launched that was SIGKILLed then; it is seen to be ready for that."""
+    with subprocess.Popen([sys.executable, "-c", CALLER, *words], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        try:
+            pid = int(caller.stdout.readline())
+            launched = open_process(pid)
+            eventually(lambda: proc.read_stat(pid).state in ("T" if "stopped" in words else "S"))
+        finally:
+            caller.kill()
+    with launched:
+        try:
+            yield launched
+        finally:
+            launched.kill()
+            assert launched.wait_dead(5)
+
+
+def test_a_program_outlives_its_caller() -> None:
+    with killed_caller() as program:
+        assert not program.wait_dead(0.2)
+
+
+def test_a_program_ends_with_its_caller() -> None:
+    with killed_caller("ends") as program:
+        assert program.wait_dead(5)
+
+
+def test_a_helper_whose_caller_died_does_not_become_the_program() -> None:
+    """And until then it can be found."""
+    with killed_caller("stopped") as helper:
+        eventually(lambda: dict(proc.read_environ(helper.pid)).get("MARK") == "here")
+        assert helper.alive()
+        helper.signal(signal.SIGCONT)
+        assert helper.wait_dead(5)
