@@ -13,6 +13,7 @@ What the lines mean for a guest is decided in `recover.py`; here they are only w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -137,6 +138,8 @@ class Journal:
 
     def close(self, outcome: Outcome) -> None:
         self._write({"outcome": outcome_json(outcome), "time": time.time()})
+        with contextlib.suppress(OSError):
+            self._file.trim()  # journals stay until the next boot, in RAM
         self._file.close()
 
     def abandon(self) -> None:

@@ -74,6 +74,11 @@ class AppendFile:
         os.fsync(self._fd)
         sync_directory(self.path)
 
+    def trim(self) -> None:
+        """Give back what was allocated and not written: nothing more is going to be. OSError."""
+        os.ftruncate(self._fd, self._end)
+        self._allocated = self._end
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:

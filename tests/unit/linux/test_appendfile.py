@@ -32,6 +32,16 @@ def test_records_and_the_room_for_them(tmp_path: Path) -> None:
         AppendFile(path, 1)
 
 
+def test_what_was_not_needed_is_given_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "j")
+    with AppendFile(path, 65536) as file:
+        file.append(b"one\n")
+        file.trim()
+        assert os.stat(path).st_size == 4
+        file.append(b"two\n")
+    assert read_records(path) == [b"one", b"two"]
+
+
 @pytest.mark.parametrize("sync", [False, True])
 def test_small_and_synced(tmp_path: Path, sync: bool) -> None:
     path = str(tmp_path / "j")
