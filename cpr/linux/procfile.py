@@ -1,6 +1,7 @@
 """Reading one file of /proc/PID, with one answer for a process that vanished: ProcessLookupError.
 
-/proc itself has three: ENOENT when opened too late, ESRCH when read too late, and an empty file from a zombie.
+/proc itself has four: ENOENT when opened too late, ESRCH when read too late, EACCES from ns/ (proc_ns_get_link), and an
+empty file from a zombie.
 ENOENT of a file that a living process does not have (attr/current without a security module, exe of a kernel
 thread) stays FileNotFoundError.
 
@@ -24,7 +25,8 @@ def vanishing(pid: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ESRCH or (error.errno == errno.ENOENT and not os.path.exists(f"/proc/{pid}")):
+        missing = error.errno in (errno.ENOENT, errno.EACCES) and not os.path.exists(f"/proc/{pid}")
+        if error.errno == errno.ESRCH or missing:
             raise gone(pid) from None
         raise
 

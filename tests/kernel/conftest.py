@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 PR_SET_CHILD_SUBREAPER = 36
 
 
+def _ends(pid: int, seconds: float = 2.0) -> bool:
+    """Whether it is dead, or dies within a moment: a SIGKILL takes its time on a busy machine."""
+    deadline = time.monotonic() + seconds
+    while not (dead := proc.is_zombie(pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return dead
+
+
 @pytest.fixture(autouse=True)
 def _no_child_left() -> Iterator[None]:
     syscalls.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -25,7 +34,7 @@ def _no_child_left() -> Iterator[None]:
     left = {}
     for pid in set(proc.children(os.getpid())) - before:
         with contextlib.suppress(ProcessLookupError):
-            if not proc.is_zombie(pid):  # an orphan that a test killed is ours to reap
+            if not _ends(pid):  # an orphan that a test killed is ours to reap
                 left[pid] = proc.read_argv(pid)
         kill(pid)
     syscalls.prctl(PR_SET_CHILD_SUBREAPER, 0)

@@ -1,4 +1,4 @@
-"""A console client that is connected and does not read: nothing of what waits for it is lost, and nothing gets stuck."""
+"""A console client that is connected and does not read: nothing that waits for it is lost, and nothing gets stuck."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def test_a_client_that_does_not_read_gets_everything_later(
     lab.start(
         [
             *builds("7.2").command,
-            *["-name", "slow", "-M", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "64M", "-nodefaults", "-display", "none"],
+            *["-name", "slow", "-M", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "64M"],
+            *["-nodefaults", "-display", "none"],
             *["-object", "memory-backend-memfd,id=ram0,size=64M,share=on"],
             *f"-chardev socket,id=console,path={path},server=on,wait=on -serial chardev:console".split(),
             *f"-qmp unix:{lab.directory}/qmp,server=on,wait=off".split(),

@@ -113,7 +113,7 @@ def test_console_listens_and_follows(tmp_path: Path) -> None:
             with socket.socket(socket.AF_UNIX) as peer:
                 peer.connect(str(tmp_path / "socket"))
                 peer.sendall(b"c %d 1\n" % number)
-        console.log.wait(lambda: console.log.number == 2)
+            console.log.wait(lambda wanted=number: console.log.number == wanted)  # type: ignore[misc]
     with Console(CountingLog()).follow(tmp_path / "file") as console:
         (tmp_path / "file").write_bytes(b"c 1 1\n")
         console.log.wait(lambda: console.log.number == 1)
