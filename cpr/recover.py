@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
+from cpr.engines.doors import go_on
 from cpr.engines.successor import run_mark
 from cpr.engines.taps import restore_queue
 from cpr.errors import Busy, CprError, Exit, JournalError, NotFound
@@ -103,6 +104,7 @@ def _back(record: Record) -> Outcome:
         where = "the guest's process has ended by itself"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     _restore_taps(record, old)
+    go_on(old)
     guest = record.header["guest"]
     try:
         with _monitor(record, record.pid) as monitor:

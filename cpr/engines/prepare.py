@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines.successor import MARK, run_mark
+from cpr.engines.doors import Shutting, drop
 from cpr.engines.taps import TapGuard
 from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
@@ -225,7 +226,10 @@ class StartNew(Step):
         run.journal.fact("new", pid=run.new.pid, start_time=run.new.start_time)
         run.notes += [*self.successor.notes, *launched.unmet]
         control = ours if ours is not None else run.extra.pop("control")
-        run.new_monitor = self._greet(run, control)
+        doors = Shutting(run, self.guest)
+        with contextlib.closing(doors):
+            run.new_monitor = self._greet(run, control, doors)
+            doors.settle()
         if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
             raise StepFailed(self.describe(), "another QEMU answered on the monitor", hint="try again")
         self._same_ram(run)
@@ -242,8 +246,8 @@ class StartNew(Step):
         run.journal.fact("taps", numbers=numbers, settings=guard.settings())
         guard.start()
 
-    def _greet(self, run: Run, control: socket.socket) -> qmp.Monitor:
-        """Wait for the greeting, or for the new QEMU's end."""
+    def _greet(self, run: Run, control: socket.socket, doors: Shutting) -> qmp.Monitor:
+        """Wait for the greeting, or for the new QEMU's end; the first thing it does is to shut its doors."""
         assert run.new is not None
         waiting = select.poll()
         waiting.register(control, select.POLLIN)
@@ -253,7 +257,8 @@ class StartNew(Step):
         if control.fileno() not in ready:
             run.new.wait_dead(1.0)
             raise NewQemuDied(self.describe(), "ended at its start", run.words())
-        return qmp.negotiate(control, "of the new QEMU", timeout=max(1.0, run.remaining()), attend=run.attend)
+        seconds = max(1.0, run.remaining())
+        return qmp.negotiate(control, "of the new QEMU", timeout=seconds, attend=run.attend, first=doors.commands)
 
     def _same_ram(self, run: Run) -> None:
         """The new QEMU has mapped the very pages, shared: by device and inode of the mapping."""
@@ -266,6 +271,7 @@ class StartNew(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        drop(run)
         guard: TapGuard | None = run.extra.pop("taps", None)
         if guard is not None:
             guard.restore()

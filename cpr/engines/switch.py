@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines.doors import go_on, open_doors, stop_accepting
 from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds
@@ -254,7 +255,7 @@ class MoveClients(Step):
     """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label).
 
     Not earlier: the new QEMU would swallow their input. If somebody came or went since they were sent ahead, who is
-    there now is looked up again.
+    there now is looked up again; the old QEMU is stopped before, so that nobody can come to it after that.
     """
 
     guest: Guest
@@ -264,10 +265,12 @@ class MoveClients(Step):
 
     def do(self, run: Run) -> None:
         assert run.old is not None
+        stop_accepting(run.old)
         sent: dict[str, int] = run.extra["sent"]
         now = clients.socket_numbers(run.old.pid).keys()
         if now - run.extra["sockets"].keys() or not now >= set(sent.values()):
             sent = _send_clients(run, self.guest)
+        open_doors(run, sent)
         asked = {
             label: run.successor.submit("add_client", protocol=label, fdname=_client_name(label)) for label in sent
         }
@@ -283,6 +286,8 @@ class MoveClients(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        if run.old is not None:
+            go_on(run.old)
 
 
 def movable(chardevs: tuple[Chardev, ...]) -> tuple[Chardev, ...]:

@@ -30,9 +30,10 @@ from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 from qemu.qmp.protocol import StateError
 
 from cpr.errors import CommandFailed, MonitorError, MonitorHeld
+from cpr.qemu import first_words
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator, Sequence
     from concurrent.futures import Future
 
     from cpr.model import MonitorAddress
@@ -147,6 +148,8 @@ class Monitor:
         self._arrived = threading.Condition()
         self._closed = False
         self._pump_ended = False
+        self.first_replies: list[dict[str, Any]] = []
+        """To the commands that were sent with the negotiation, in their order."""
         asyncio.run_coroutine_threadsafe(self._pump(), _loop.get())
 
     def __enter__(self) -> Self:
@@ -325,19 +328,29 @@ def connect_unix(path: str, *, timeout: float = 2.0) -> socket.socket:
 
 
 def negotiate(
-    sock: socket.socket, name: str, *, timeout: float = GREETING_SECONDS, attend: Attend = None
+    sock: socket.socket,
+    name: str,
+    *,
+    timeout: float = GREETING_SECONDS,
+    attend: Attend = None,
+    first: Sequence[first_words.Command] = (),
 ) -> Monitor:
     """Take a connected socket through greeting and negotiation. The socket belongs to the monitor from here on.
 
-    `attend` is called again and again while an answer is awaited, here and later; what it raises ends the wait.
+    `attend` is called again and again while an answer is awaited, here and later; what it raises ends the wait. `first`
+    are commands that are sent together with the negotiation; their replies are in `Monitor.first_replies`.
 
     Raises:
         MonitorHeld: nobody greets: QEMU serves one client a monitor, so somebody else is being served, or it hangs.
         MonitorError: it hung up or talks nonsense.
     """
     client = QMPClient()
-    sock.setblocking(False)
+    replies: list[dict[str, Any]] = []
     try:
+        if first:
+            replies = first_words.speak(sock, first, timeout=timeout, attend=attend)
+            client.await_greeting = client.negotiate = False
+        sock.setblocking(False)
         _loop.run(client.connect(sock), timeout, attend)
     except TimeoutError:
         sock.close()
@@ -352,7 +365,9 @@ def negotiate(
     except BaseException:
         sock.close()
         raise
-    return Monitor(client, name, attend)
+    monitor = Monitor(client, name, attend)
+    monitor.first_replies = replies
+    return monitor
 
 
 def connect(address: MonitorAddress, pid: int | None = None, *, timeout: float = GREETING_SECONDS) -> Monitor:

@@ -76,6 +76,22 @@ echo_port() {
     done
 }
 
+echo_ports() {          # they appear one after the other
+    while :; do
+        for port in /sys/class/virtio-ports/*; do
+            device=${port##*/} name=
+            [ -e "/run/$device" ] || read -r name 2> /dev/null < "$port/name"
+            case $name in
+            cpr.echo.*)
+                : > "/run/$device"
+                echo_port <> "/dev/$device" >&0 &
+                ;;
+            esac
+        done
+        pause 0.5
+    done
+}
+
 [ -b /dev/vda ] && disk &
 echo_console < /dev/console &
 for word in $(cat /proc/cmdline); do
@@ -97,11 +113,7 @@ for word in $(cat /proc/cmdline); do
         ;;
     esac
 done
-for port in /sys/class/virtio-ports/*; do
-    case $(cat "$port/name" 2> /dev/null) in
-    cpr.echo.*) echo_port <> "/dev/${port##*/}" >&0 & ;;
-    esac
-done
+[ -d /sys/class/virtio-ports ] && echo_ports &
 if [ -x /usr/sbin/qemu-ga ]; then
     for port in /sys/class/virtio-ports/*; do
         [ "$(cat "$port/name" 2> /dev/null)" = org.qemu.guest_agent.0 ] &&
