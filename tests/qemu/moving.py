@@ -6,6 +6,7 @@ own state, saved to a file whole, RAM and all, and loaded by an ordinary start o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -238,3 +239,53 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
 def kind_of(target: str) -> str:
     """``socket:[4711]`` is a socket; a path stays what it is."""
     return target.partition(":")[0] if not target.startswith("/") else target
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A QEMU as it looks from outside and as it describes itself."""
+
+    argv: tuple[str, ...]
+    environ: tuple[str, ...]
+    descriptors: tuple[tuple[int, str], ...]
+    told: dict[str, Any]
+
+
+QUESTIONS = (
+    *("query-status", "query-migrate", "query-migrate-capabilities", "query-migrate-parameters", "query-block"),
+    *("query-memdev", "query-fdsets", "query-jobs", "query-block-jobs"),
+)
+
+
+def condition(guest: Guest[Any]) -> Condition:
+    """Everything of a guest that an update which was refused must not have touched."""
+    with monitor(guest) as session:
+        told = {question: session.execute(question) for question in QUESTIONS}
+    for drive in told["query-block"]:
+        drive.get("inserted", {}).get("image", {}).pop("actual-size", None)
+    now = footprint(guest.pid)
+    return Condition(now.argv, now.environ, tuple(sorted(settled(guest.pid))), told)
+
+
+def settled(pid: int, seconds: float = 10.0) -> list[tuple[int, str]]:
+    """The descriptors of a QEMU, once it has noticed that a client of its monitor has gone."""
+    end = time.monotonic() + seconds
+    last: list[tuple[int, str]] = []
+    while (now := sorted(descriptors(pid))) != last:
+        assert time.monotonic() < end
+        last = now
+        time.sleep(0.05)
+    return now
+
+
+@contextlib.contextmanager
+def untouched(lab: Lab, *guests: Guest[CountingLog]) -> Iterator[None]:
+    """Assert that what happens inside leaves the guests as they were, and no other QEMU behind."""
+    there = qemus_of(lab)
+    before = [condition(guest) for guest in guests]
+    yield
+    assert [condition(guest) for guest in guests] == before
+    assert qemus_of(lab) == there
+    for guest in guests:
+        guest.log.wait_ticks(5)
+        assert guest.log.sound, guest.log.problems()

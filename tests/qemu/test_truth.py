@@ -251,7 +251,9 @@ def loader_json(_: Lab) -> list[str]:
 
 def loader_file(lab: Lab) -> list[str]:
     path = lab.directory / "loader.cfg"
-    path.write_text(f'[device "it"]\n  driver = "loader"\n  addr = "{LOADED_AT:#x}"\n  data = "1"\n  data-len = "4"\n')
+    path.write_text(
+        f'[device "it"]\n  driver = "loader"\n  addr = "{LOADED_AT:#x}"\n  data = "0x4711"\n  data-len = "4"\n'
+    )
     return ["-readconfig", str(path)]
 
 
@@ -334,22 +336,23 @@ def test_loader_writes_into_ram_and_is_refused(cpr: Command, spelling: str, key:
 def test_memory_of_virtio_mem_is_kept_or_the_update_is_refused(lab: Lab, cpr: Command, pair: tuple[str, str]) -> None:
     """Before 8.1 the device throws its pages away when a QEMU starts, incoming state or not."""
     born = build(pair[0])
+    size = 128 << 20  # the least that Linux takes at a time
     guest = lab.linux(
         born,
-        *("-m", "256M,slots=4,maxmem=1G", "-object", f"{backend(born, lab, 'more.ram')},id=more,size={DIMM}"),
-        *("-device", f"virtio-mem-pci,memdev=more,requested-size={DIMM}"),
+        *("-m", "256M,slots=4,maxmem=1G", "-object", f"{backend(born, lab, 'more.ram')},id=more,size={size}"),
+        *("-device", f"virtio-mem-pci,memdev=more,requested-size={size}"),
         words=["memhp_default_state=online"],
         backend=backend(born, lab),
     )
     with monitor(guest) as session:
-        while session.execute("query-memory-devices")[0]["data"]["size"] < DIMM:
-            guest.log.wait_ticks(5)  # the guest takes it block by block
+        if session.execute("query-memory-devices")[0]["data"]["size"] < size:
+            session.wait_event({"MEMORY_DEVICE_SIZE_CHANGE"}, lambda e: e.data["size"] == size, timeout=60)
     with ram_of(guest.process) as ram:
-        (more,) = [file for file in ram.values() if os.fstat(file.fileno()).st_size == DIMM]
+        (more,) = [file for file in ram.values() if os.fstat(file.fileno()).st_size == size]
         with open(f"/proc/{os.getpid()}/fd/{more.fileno()}", "r+b", buffering=0) as writable:
-            os.pwrite(writable.fileno(), b"kept" * 1024, DIMM - PAGE)  # the kernel takes from the other end
+            os.pwrite(writable.fileno(), b"kept" * 1024, size - PAGE)  # the kernel takes from the other end
         outcome = cpr.update(guest.pid, build(pair[1])).guest
-        assert os.pread(more.fileno(), 4, DIMM - PAGE) == b"kept", outcome
+        assert os.pread(more.fileno(), 4, size - PAGE) == b"kept", outcome
     assert outcome["status"] in ("updated", "blocked"), outcome
     goes_on(guest)
 
