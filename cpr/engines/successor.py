@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.qemu import cmdline as cl
+from cpr.qemu.chardevs import CONTROL
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 FIRST_NUMBER = 20
 """Inherited descriptors are numbered from here: above stdio and what a launcher holds for itself."""
-
-CONTROL = "cpr-control"
-"""Label of the private monitor of a guest that has no UNIX QMP socket of its own."""
 
 DROPPED_VARIABLES = re.compile(
     r"^(CPR_FD_.*|CPR_RUN|CPR_RUN_PENDING|CPR_PIDFILE|CPR_QEMU_OPTIONS"

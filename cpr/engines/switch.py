@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines import stream
 from cpr.engines.doors import go_on, open_doors, stop_accepting
 from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
@@ -49,7 +50,7 @@ class PassVncListeners(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareStream(Step):
-    """Connect the two for the state: capabilities and parameters on both, a socket pair as the way."""
+    """Connect the two for the state: capabilities and parameters on both, and the way of the stream."""
 
     guest: Guest
 
@@ -59,17 +60,12 @@ class PrepareStream(Step):
     def do(self, run: Run) -> None:
         for monitor in (run.monitor, run.successor):
             migration.prepare(monitor)
-        here, there = socket.socketpair()
-        with here, there:
-            run.monitor.send_fd("cpr-stream", here.fileno())
-            run.successor.send_fd("cpr-stream", there.fileno())
-        run.successor.execute("migrate-incoming", uri="fd:cpr-stream")
+        stream.prepare(run, self.guest)
 
     def undo(self, run: Run) -> None:
         run.kill_new()
         migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
-        with contextlib.suppress(CommandFailed):
-            run.monitor.execute("closefd", fdname="cpr-stream")
+        stream.undo(run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +143,7 @@ class MoveState(Step):
             if self.guest.running:
                 run.monitor.execute("stop")
             guard.hand_over()
-        run.monitor.execute("migrate", uri="fd:cpr-stream")
+        stream.begin(run)
         self._await(run, run.successor, seen_new)
         run.extra["chains"] = run.monitor.submit("query-block")  # its reply is awaited by the next step
         self._await(run, run.monitor, seen_old)

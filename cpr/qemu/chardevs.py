@@ -31,6 +31,9 @@ OWN_LABEL = "#"
 MUX_BASE = "-base"
 """What QEMU adds to the label of the chardev below a multiplexer (chardev/char.c)."""
 
+CONTROL = "cpr-control"
+"""Label of the private monitor that an update adds where the guest has no QMP socket that takes descriptors."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
@@ -93,12 +96,12 @@ def monitor_objects(answers: Answers) -> dict[str, str]:
 def chardevs(
     answers: Answers, cmdline: cl.CommandLine | None, table: Collection[Endpoint], *, pid: int
 ) -> tuple[Chardev, ...]:
-    """Every chardev there is, by label."""
+    """Every chardev there is, by label; not an earlier update's `CONTROL`, which is nobody's any more."""
     listed = answers.read("query-chardev", parse_chardevs, ())
     modes = monitor_objects(answers)
     if cmdline is not None:
         modes |= {m.label: m.mode for m in cl.monitors(cmdline)}
-    return join(listed, cmdline, modes, table, pid=pid)
+    return tuple(c for c in join(listed, cmdline, modes, table, pid=pid) if c.label != CONTROL)
 
 
 def join(
