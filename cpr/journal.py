@@ -26,12 +26,13 @@ from cpr.errors import JournalError, NotFound
 from cpr.linux.appendfile import AppendFile, read_records
 from cpr.linux.lock import make_run_directory
 from cpr.linux.proc import boot_id
+from cpr.model import Binary, Finding, Outcome, Severity, Status
 from cpr.qemu.migration import STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from cpr.model import Outcome, Plan, ProcessId
+    from cpr.model import Plan, ProcessId
 
 FORMAT = "cpr.journal/1"
 RESERVED = 64 * 1024
@@ -75,6 +76,36 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "error": outcome.error or None,
         "hint": outcome.hint or None,
     }
+
+
+def outcome_from_json(value: Mapping[str, Any]) -> Outcome:
+    """The inverse; of a binary only path and version are known. Raises KeyError, TypeError, ValueError."""
+
+    def binary(value: Any) -> Binary | None:
+        return Binary(path=value["path"], version=value["version"]) if value else None
+
+    return Outcome(
+        guest=value["name"],
+        uuid=value["uuid"],
+        status=Status(value["status"]),
+        exit_code=int(value["exit_code"]),
+        where=value["where"],
+        engine=value["engine"],
+        pid_before=int(value["pid_before"]),
+        pid_after=int(value["pid_after"]),
+        runstate=value["runstate"],
+        binary_before=binary(value["binary_before"]),
+        binary_after=binary(value["binary_after"]),
+        blackout_seconds=value["blackout_seconds"],
+        total_seconds=float(value["total_seconds"]),
+        findings=tuple(
+            Finding(**{**f, "severity": Severity(f["severity"]), "engines": tuple(f["engines"])})
+            for f in value["findings"]
+        ),
+        error=value["error"] or "",
+        hint=value["hint"] or "",
+        notes=tuple(value["notes"]),
+    )
 
 
 class Journal:
@@ -192,14 +223,18 @@ class Record:
         return self.commit_index in self.steps and self.steps[self.commit_index] not in went_back
 
     def append_outcome(self, outcome: Outcome) -> None:
-        """Close a journal that its keeper could not close."""
+        """Close a journal that its keeper could not close, in the space allocated for that. OSError."""
         line = json.dumps({"outcome": outcome_json(outcome), "time": time.time()}, separators=(",", ":")) + "\n"
-        records = sum(len(r) + 1 for r in read_records(self.path))
-        with open(self.path, "r+b") as file:
-            file.truncate(records)
-            file.seek(0, os.SEEK_END)
-            file.write(line.encode())
+        with AppendFile.resume(self.path) as file:
+            file.append(line.encode())
+            with contextlib.suppress(OSError):
+                file.trim()
         self.outcome = outcome_json(outcome)
+
+    def result(self) -> Outcome:
+        """The outcome of a closed journal. Raises KeyError, TypeError, ValueError where it is none."""
+        assert self.outcome is not None
+        return outcome_from_json(self.outcome)
 
 
 def journal_path(base: str, run_id: str, process: ProcessId) -> str:
@@ -219,13 +254,26 @@ def read(path: str) -> Record:
         header = json.loads(lines[0])
         if header["format"] != FORMAT:
             raise JournalError(f"{path}: format {header['format']!r} is not {FORMAT}", hint=hint)
+        _check(header)
         record = Record(path, header)
-        _ = record.pid, record.start_time, record.commit_index, str(header["boot_id"]), str(header["run"])
         for line in lines[1:]:
             _take(record, json.loads(line))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise JournalError(f"{path}: not a readable journal ({error})", hint=hint) from None
     return record
+
+
+def _check(header: Any) -> None:
+    """It has all that a recovery acts on, of the right kinds. Raises KeyError, TypeError."""
+    texts = [header["run"], header["boot_id"], *(step["id"] for step in header["steps"])]
+    guest = header["guest"]
+    texts += [guest[name] for name in ("name", "uuid", "runstate", "pidfile", "cwd")] + guest["discarding"]
+    numbers = [guest[name] for name in ("pid", "start_time", "uid")]
+    mappings = [guest["capabilities"], guest["parameters"], guest["monitor"]]
+    for kind, values in ((str, texts), (int, numbers), (dict, mappings)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} where {kind.__name__} is meant")
 
 
 def _take(record: Record, line: dict[str, Any]) -> None:
@@ -260,14 +308,19 @@ def journal_files(base: str | None = None, run_id: str | None = None) -> Iterato
                 yield os.path.join(directory, file)
 
 
-def open_journal_of(process: ProcessId, base: str | None = None) -> Record | None:
-    """A journal of this boot for this very process that nobody closed, if there is one."""
+def open_journal_of(process: ProcessId, base: str | None = None, *, owner_uid: int) -> Record | None:
+    """A journal of this boot for this very process that nobody closed, if there is one.
+
+    Everybody may put a file there, so it is believed of root, of us and of `owner_uid`, the guest's user.
+    """
     wanted = f"{process.pid}-{process.start_time}.journal"
     for path in journal_files(base):
         if os.path.basename(path) == wanted:
             try:
+                if os.stat(path, follow_symlinks=False).st_uid not in (0, os.geteuid(), owner_uid):
+                    continue
                 record = read(path)
-            except (JournalError, NotFound):
+            except (JournalError, NotFound, OSError):
                 continue
             if record.open and record.header["boot_id"] == boot_id():
                 return record

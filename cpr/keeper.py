@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
-from cpr.errors import CprError, Exit
+from cpr.errors import Busy, CprError, Exit
 from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
 from cpr.linux import proc
 from cpr.linux.lock import LockHeld, make_run_directory, process_lock
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 LENGTH = struct.Struct("=Q")
 OOM_SCORE = "-1000"
+BUSY_SECONDS = 60.0
+"""How long somebody else is left to recover what our keeper left."""
 NICENESS = -10
 """The blackout is a conversation with two QEMUs: on a busy host the keeper should not queue behind vCPUs."""
 
@@ -90,19 +92,29 @@ class Handle:
             self._process.stdin.flush()
 
     def _after_death(self) -> Outcome:
+        """What its journal says became of the guest; if nothing, that is brought about here and now."""
         from cpr.recover import recover_one
 
         guest = self._request.plan.guest
         path = journal_path(self._request.base, self._request.run_id, guest.process)
         status = self._process.returncode
+        if not os.path.exists(path):
+            return _failed(guest, f"the keeper died before it began (exit status {status})", Exit.FAILED)
+        deadline = time.monotonic() + BUSY_SECONDS
         try:
-            record = read(path)
-            if record.open:
-                return recover_one(record, base=self._request.base)
+            while True:
+                record = read(path)
+                try:
+                    return recover_one(record, base=self._request.base) if record.open else record.result()
+                except Busy:  # somebody else recovers it
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
         except CprError as error:
-            if os.path.exists(path):
-                return _failed(guest, f"the keeper died ({status}): {error.message}", Exit.NEEDS_ATTENTION)
-        return _failed(guest, f"the keeper died before it began (exit status {status})", Exit.FAILED)
+            words = error.message
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            words = f"{path}: {error}"
+        return _failed(guest, f"the keeper died ({status}): {words}", Exit.NEEDS_ATTENTION)
 
 
 def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | None = None) -> Handle:
@@ -169,7 +181,7 @@ def _work(request: _Request, out: BinaryIO) -> Outcome:
             owner_uid=guest.uid,
             holder={"run": request.run_id, "command": "update"},
         ):
-            left = open_journal_of(guest.process, request.base)
+            left = open_journal_of(guest.process, request.base, owner_uid=guest.uid)
             if left is not None:
                 return _busy(guest, f"run {left.run} was interrupted and is not recovered", f"cpr recover {left.run}")
             journal = Journal(request.plan, request.run_id, directory=request.base)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
+from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
-from cpr.engines.successor import run_mark
+from cpr.engines.settings import Settings, hand_back, put_back, set_discard
+from cpr.engines.successor import MARK, run_mark
 from cpr.engines.taps import restore_queue
-from cpr.errors import Busy, CprError, Exit, JournalError, NotFound
+from cpr.errors import Busy, CommandFailed, CprError, Exit, JournalError, NotFound
 from cpr.journal import Record, journal_files, read, run_directory
 from cpr.linux import proc
 from cpr.linux.fds import take_fd
@@ -30,6 +34,9 @@ from cpr.run import resume_old
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MARK_SCANS = 50
+"""Looks at all processes, at most."""
+
 
 def recover(run_id: str | None = None, *, base: str | None = None) -> Iterator[tuple[Record | None, Outcome]]:
     """Recover every open journal of this boot (of one run, if named). Yields what became of each guest.
@@ -42,19 +49,36 @@ def recover(run_id: str | None = None, *, base: str | None = None) -> Iterator[t
     if run_id is not None and not paths:
         raise NotFound(f"no run {run_id!r}", hint="cpr runs lists them")
     for path in paths:
-        try:
-            record = read(path)
-        except (JournalError, NotFound) as error:
-            yield None, _unreadable(path, error)
-            continue
-        if record.open and _trusted(record):
-            yield record, recover_one(record, base=base)
-        elif record.open:
-            yield None, _unreadable(path, JournalError(f"{path}: written by a user whose guest this is not"))
+        found = _recover_file(path, base)
+        if found is not None:
+            yield found
+
+
+def _recover_file(path: str, base: str) -> tuple[Record | None, Outcome] | None:
+    """One journal; None where it is closed. Whatever is wrong with it, others are not kept waiting."""
+    try:
+        record = read(path)
+        if not record.open:
+            return None
+        if not _trusted(record):
+            raise JournalError(f"{path}: written by a user whose guest this is not")
+        return record, recover_one(record, base=base)
+    except Busy as busy:
+        outcome = _outcome(record, Status.BUSY, Exit.BUSY, busy.where, record.pid, busy.message)
+        return record, replace(outcome, notes=())
+    except CprError as error:
+        return None, _unreadable(path, error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, _unreadable(path, JournalError(f"{path}: {type(error).__name__}: {error}"))
 
 
 def recover_one(record: Record, *, base: str | None = None) -> Outcome:
-    """Recover one guest and close its journal, if it could be brought to an end."""
+    """Recover one guest and close its journal, if it could be brought to an end.
+
+    Raises:
+        Busy: somebody works on it.
+        JournalError: the journal cannot be read any more. OSError.
+    """
     if record.header["boot_id"] != proc.boot_id():
         outcome = _outcome(record, Status.FAILED, Exit.OK, "the host has been booted since: nothing to act on", 0)
         record.append_outcome(outcome)
@@ -66,39 +90,57 @@ def recover_one(record: Record, *, base: str | None = None) -> Outcome:
             record.pid,
             record.start_time,
             boot_id=proc.boot_id(),
-            owner_uid=int(guest.get("uid", 0)),
+            owner_uid=int(guest["uid"]),
             holder={"run": record.run, "command": "recover"},
         ):
             record = read(record.path)  # its keeper may have ended it while we waited
             if not record.open:
-                return _outcome(record, Status.UNCHANGED, Exit.OK, "the run ended by itself", record.pid)
-            outcome = _forward(record) if record.committed else _back(record)
-            if outcome.exit_code != Exit.NEEDS_ATTENTION or record.committed or _old(record) is None:
+                return record.result()
+            try:
+                outcome = _forward(record) if record.committed else _back(record)
+            except _TryAgain as again:
+                return again.outcome
+            try:
                 record.append_outcome(outcome)
+            except OSError as error:
+                words = f"{record.path} stays open: {error.strerror or error}"
+                outcome = replace(outcome, notes=(*outcome.notes, words))
             return outcome
     except LockHeld as held:
-        raise Busy(f"run {record.run} still works on pid {record.pid}", held.holder) from None
+        holder = f"run {held.holder.get('run', '?')} (pid {held.holder.get('pid', '?')})"
+        raise Busy(f"{holder} is working on pid {record.pid}", held.holder) from None
+
+
+class _TryAgain(Exception):
+    """It could not be brought to an end yet: the journal stays open."""
+
+    def __init__(self, record: Record, where: str, pid: int, error: str = "", runstate: str = "") -> None:
+        super().__init__(where)
+        where = f"{errors.NEEDS_YOU}: {where}"
+        self.outcome = replace(
+            _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, pid, error, runstate=runstate),
+            hint=f"cpr recover {record.run} tries again",
+        )
 
 
 def _trusted(record: Record) -> bool:
     """Anybody may put a file there: root acts on its own journals, and on users' for their own guests."""
-    owner = os.stat(record.path).st_uid
+    owner = os.stat(record.path, follow_symlinks=False).st_uid
     if owner in (0, os.geteuid()):
         return True
-    for process in (_old(record), _new(record)):
-        if process is not None and proc.read_status(process.pid).uids[0] != owner:
-            return False
-    return os.geteuid() == 0
+    if os.geteuid() != 0:
+        return False
+    touched = [process for process in (_old(record), _new(record), *_marked(record)) if process is not None]
+    return all(proc.read_status(process.pid).uids[0] == owner for process in touched)
 
 
 def _back(record: Record) -> Outcome:
-    """Before the commit: the new QEMU dies, the old one goes on."""
-    new = _new(record)
-    if new is not None:
-        new.kill()
-        if not new.wait_dead(15.0):
-            where = f"{errors.NEEDS_YOU}: the new QEMU (pid {new.pid}) does not die, so the old one was not resumed"
-            return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, record.pid)
+    """Before the commit: whatever the run has started dies, the old QEMU goes on."""
+    for process in filter(None, [_new(record), *_marked(record)]):
+        process.kill()
+        if not process.wait_dead(15.0):
+            where = f"the new QEMU (pid {process.pid}) does not die, so the old one was not resumed"
+            raise _TryAgain(record, where, record.pid)
     old = _old(record)
     if old is None:
         where = "the guest's process has ended by itself"
@@ -110,14 +152,14 @@ def _back(record: Record) -> Outcome:
         with _monitor(record, record.pid) as monitor:
             status = resume_old(monitor, guest["runstate"])
             migration.restore(monitor, guest["capabilities"], guest["parameters"])
-            for path in guest["discarding"]:
-                monitor.execute("qom-set", path=path, property="discard-data", value=True)
+            set_discard(monitor, guest["discarding"], on=True)
+            with contextlib.suppress(CommandFailed):
+                monitor.execute("closefd", fdname="cpr-stream")
     except CprError as error:
-        where = f"{errors.NEEDS_YOU}: the old QEMU (pid {record.pid}) could not be told to go on"
-        return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, record.pid, error.message)
+        where = f"the old QEMU (pid {record.pid}) could not be told to go on"
+        raise _TryAgain(record, where, record.pid, error.message) from None
     if guest["runstate"] == Runstate.RUNNING and status != Runstate.RUNNING:
-        where = f"{errors.NEEDS_YOU}: the old QEMU (pid {record.pid}) is {status}"
-        return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, record.pid)
+        raise _TryAgain(record, f"the old QEMU (pid {record.pid}) is {status}", record.pid, runstate=status)
     return _outcome(record, Status.ROLLED_BACK, Exit.ROLLED_BACK, errors.AS_BEFORE, record.pid, runstate=status)
 
 
@@ -139,29 +181,36 @@ def _forward(record: Record) -> Outcome:
         kept = f"; the old QEMU (pid {record.pid}) is stopped and must never be resumed: its RAM has moved on"
         where = "the guest crashed: the new QEMU died after the commit" + (kept if old is not None else "")
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
+    settings = Settings.from_json(record.facts["settings"]["value"])
     if old is not None:
         old.kill()
-        old.wait_dead(15.0)
-    notes = []
-    runstate = ""
+        if not old.wait_dead(15.0):  # it listens on the same monitors, and would answer in place of the new one
+            raise _TryAgain(record, f"the old QEMU (pid {old.pid}) does not die", new.pid)
     try:
         with _monitor(record, new.pid) as monitor:
             runstate = monitor.execute("query-status")["status"]
-            if guest["runstate"] == Runstate.RUNNING and runstate != Runstate.RUNNING:
+            # once RESUME was seen, what stops it is somebody else's will
+            told = record.steps[record.commit_index] == "done"
+            if guest["runstate"] == Runstate.RUNNING and runstate != Runstate.RUNNING and not told:
                 monitor.execute("cont")
                 runstate = monitor.execute("query-status")["status"]
-            migration.restore(monitor, guest["capabilities"], guest["parameters"])
-            for path in guest["discarding"]:
-                monitor.execute("qom-set", path=path, property="discard-data", value=True)
+            differences = put_back(monitor, settings, old=record.pid, new=new.pid)
+            opened = any(record.header["steps"][i]["id"] == HandBack.__name__ for i in _done(record))
+            notes, failed = hand_back(monitor, () if opened else settings.hand_back)
     except CprError as error:
-        notes.append(f"its settings could not be put back: {error.message}")
-    from cpr.engines.after import rewrite_pidfile_of
+        where = f"it is in the new QEMU (pid {new.pid}), which could not be told to go on"
+        raise _TryAgain(record, where, new.pid, error.message) from None
+    differences += failed
+    if (guest["runstate"] == Runstate.RUNNING) != (runstate == Runstate.RUNNING):
+        differences.append(f"the guest was {guest['runstate']} and is {runstate}")
+    code = Exit.DIFFERS if differences else Exit.OK
+    words = "; ".join(differences)
+    outcome = _outcome(record, Status.UPDATED, code, errors.RUNS_NEW, new.pid, words, runstate=runstate)
+    return replace(outcome, notes=(*outcome.notes, *notes))
 
-    with contextlib.suppress(OSError):
-        rewrite_pidfile_of(guest["pidfile"], guest["cwd"], record.pid, new.pid)
-    as_before = (guest["runstate"] == Runstate.RUNNING) == (runstate == Runstate.RUNNING)
-    code = Exit.OK if as_before and not notes else Exit.DIFFERS
-    return _outcome(record, Status.UPDATED, code, errors.RUNS_NEW, new.pid, "; ".join(notes), runstate=runstate)
+
+def _done(record: Record) -> list[int]:
+    return [index for index, state in record.steps.items() if state == "done"]
 
 
 def _monitor(record: Record, pid: int) -> qmp.Monitor:
@@ -170,26 +219,48 @@ def _monitor(record: Record, pid: int) -> qmp.Monitor:
 
 
 def _old(record: Record) -> Process | None:
-    with contextlib.suppress(OSError):
-        return open_process(record.pid, record.start_time)
-    return None
+    return _alive(record.pid, record.start_time)
 
 
 def _new(record: Record) -> Process | None:
-    """The new QEMU: by the journal, or, if its keeper died right after starting it, by the mark in its environment."""
+    """The new QEMU, as the journal names it."""
     fact = record.facts.get("new")
-    if fact is not None:
-        with contextlib.suppress(OSError):
-            return open_process(int(fact["pid"]), int(fact["start_time"]))
-        return None
-    if "starting" not in record.facts:
-        return None
-    mark = run_mark(record.run, record.pid)
-    for entry in proc.processes():
-        with contextlib.suppress(OSError):
-            if dict(proc.read_environ(entry.pid)).get("CPR_RUN") == mark and not entry.zombie:
-                return open_process(entry.pid, entry.start_time)
+    return _alive(int(fact["pid"]), int(fact["start_time"])) if fact is not None else None
+
+
+def _alive(pid: int, start_time: int) -> Process | None:
+    with contextlib.suppress(OSError):
+        process = open_process(pid, start_time)
+        if process.alive():
+            return process
+        process.close()
     return None
+
+
+def _marked(record: Record) -> list[Process]:
+    """All that the run started, by the mark in the environment: its keeper may have died before it knew a pid.
+
+    A helper that is becoming a QEMU has no environment for a moment: looked for again, until nothing new is found.
+    """
+    if "starting" not in record.facts:
+        return []
+    mark = run_mark(record.run, record.pid)
+    found: dict[int, Process] = {}
+    for _ in range(MARK_SCANS):
+        between = False
+        known = set(found)
+        for entry in proc.processes():
+            if entry.pid in found or entry.zombie:
+                continue
+            with contextlib.suppress(OSError):
+                environ = dict(proc.read_environ(entry.pid))
+                between = between or not (environ or entry.argv or entry.exe is None)
+                if environ.get(MARK) == mark:
+                    found[entry.pid] = open_process(entry.pid, entry.start_time)
+        if found.keys() == known and not between:
+            break
+        time.sleep(0.01)
+    return list(found.values())
 
 
 def _unreadable(path: str, error: CprError) -> Outcome:
@@ -205,7 +276,7 @@ def _unreadable(path: str, error: CprError) -> Outcome:
 
 
 def _outcome(
-    record: Record, status: Status, code: Exit, where: str, pid: int, error: str = "", runstate: str = ""
+    record: Record, status: Status, code: Exit, where: str, pid: int, error: str = "", *, runstate: str = ""
 ) -> Outcome:
     guest: dict[str, Any] = record.header["guest"]
     return Outcome(

@@ -91,5 +91,5 @@ class Handover:
         ]
         if new.forwards or new.gdb:
             plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
-        plan += [after.Settle(guest=guest, discarding=discarding), after.Verify(guest=guest)]
+        plan += [after.Settle(guest=guest), after.Verify(guest=guest)]
         return plan

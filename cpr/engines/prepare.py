@@ -13,8 +13,9 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines.successor import MARK, run_mark
 from cpr.engines.doors import Shutting, drop
+from cpr.engines.settings import Settings, set_discard
+from cpr.engines.successor import MARK, run_mark
 from cpr.engines.taps import TapGuard
 from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
@@ -170,18 +171,10 @@ class KeepRamAtExit(Step):
 
     def do(self, run: Run) -> None:
         run.extra["touched"] = True
-        set_discard(run.monitor, self.blocks, on=False)
+        set_discard(run.monitor, [b.qom_path for b in self.blocks], on=False)
 
     def undo(self, run: Run) -> None:
-        set_discard(run.monitor, self.blocks, on=True)
-
-
-def set_discard(monitor: qmp.Monitor, blocks: tuple[RamBlock, ...], *, on: bool) -> None:
-    """Set `discard-data` of memory backends and read it back. Raises `StepFailed` where it does not stay."""
-    for ram in blocks:
-        monitor.execute("qom-set", path=ram.qom_path, property="discard-data", value=on)
-        if monitor.execute("qom-get", path=ram.qom_path, property="discard-data") is not on:
-            raise StepFailed(f"discard-data={'on' if on else 'off'}", f"{ram.id} does not take it")
+        set_discard(run.monitor, [b.qom_path for b in self.blocks], on=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +197,11 @@ class StartNew(Step):
             given[self.successor.control_number] = theirs.fileno()
         run.words = _words_of(run.descriptors.get("stdio:2"))
         like = likeness.likeness_of(self.guest.process.pid)
-        run.extra["placement"] = likeness.thread_placement(self.guest.process.pid)
+        new = self.successor
+        opened_again = [*new.forwards, *([new.gdb] if new.gdb else [])]
+        settings = Settings.of(self.guest, likeness.thread_placement(self.guest.process.pid), opened_again)
+        run.extra["settings"] = settings
+        run.journal.fact("settings", value=settings.json())
         self._guard_taps(run)
         run.journal.fact("starting", run=self.run_id)
         try:

@@ -8,8 +8,13 @@ Out of scope: what the records say.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import Self
+
+MAX_BYTES = 16 << 20
+"""Of a file that is read: ours are a thousand times smaller."""
 
 
 class AppendFile:
@@ -108,9 +113,17 @@ def _whole(data: bytes) -> int:
 
 
 def read_records(path: str) -> list[bytes]:
-    """The whole lines, without their newlines: neither the unused zeroes behind them nor a line cut by a crash."""
-    with open(path, "rb") as file:
-        data = file.read()
+    """The whole lines, without their newlines: neither the unused zeroes behind them nor a line cut by a crash.
+
+    Raises:
+        OSError: also where it is no regular file, or too large to be one of ours.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     return data[: _whole(data)].split(b"\n")[:-1]
 
 

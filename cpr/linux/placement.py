@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from cpr.linux import cgroup, procfile, sched, syscalls
 from cpr.linux.cgroup import Cgroup
 from cpr.linux.proc import threads
 from cpr.linux.sched import Scheduling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,31 @@ class ThreadPlacement:
     scheduling: Scheduling
     ioprio: int
     cgroups: tuple[Cgroup, ...]
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "tid": self.tid,
+            "comm": self.comm,
+            "affinity": sorted(self.affinity),
+            "scheduling": asdict(self.scheduling),
+            "ioprio": self.ioprio,
+            "cgroups": [[c.hierarchy, list(c.controllers), c.path] for c in self.cgroups],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError, ValueError where it is none."""
+        return cls(
+            tid=int(value["tid"]),
+            comm=str(value["comm"]),
+            affinity=frozenset(map(int, value["affinity"])),
+            scheduling=Scheduling(**value["scheduling"]),
+            ioprio=int(value["ioprio"]),
+            cgroups=tuple(
+                Cgroup(hierarchy=int(h), controllers=tuple(map(str, names)), path=str(path))
+                for h, names, path in value["cgroups"]
+            ),
+        )
 
 
 def thread_placement(pid: int) -> tuple[ThreadPlacement, ...]:
