@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.registry import blocker, check, note, warning
 from cpr.checks.words import some
-from cpr.qemu.cmdline import displays, gdbstub
+from cpr.qemu.cmdline import displays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,12 +193,12 @@ def listener_unknown(guest: Guest) -> Iterator[Finding]:
                 f"fd {file.number}",
                 f"the process listens at {file.target}, and nothing on its command line or in its monitor says what "
                 "for: it would be gone after the update",
-                "end what opened it (nbd-server-stop, an export, a monitor's gdbserver), or --ignore listener-unknown",
+                "end what opened it (nbd-server-stop, an export), or --ignore listener-unknown",
             )
 
 
 @check("listener-gap", "A listener that is away for a moment", engines=HANDOVER)
-def listener_gap(guest: Guest, command: CommandLine) -> Iterator[Finding]:
+def listener_gap(guest: Guest) -> Iterator[Finding]:
     """QEMU takes no descriptor for these; they are opened anew when the old QEMU is gone."""
     for netdev in guest.netdevs:
         if netdev.hostfwd:
@@ -207,11 +207,10 @@ def listener_gap(guest: Guest, command: CommandLine) -> Iterator[Finding]:
                 f"forwarded ports ({some(netdev.hostfwd)}) are opened anew once the old QEMU is gone: for some "
                 "milliseconds nobody listens",
             )
-    stub = gdbstub(command)
-    if stub is not None:
-        yield warning(
-            stub.address, "a connected debugger is disconnected; the gdb stub listens again once the old QEMU is gone"
-        )
+    for chardev in guest.chardevs:
+        if chardev.label == "gdb":
+            words = "a connected debugger is disconnected; the gdb stub listens again once the old QEMU is gone"
+            yield warning(chardev.filename.removeprefix("disconnected:"), words)
 
 
 MOVABLE_NETDEVS = frozenset({"tap", "bridge", "user", "hubport", "none", "nic"})

@@ -44,7 +44,8 @@ def doors(guest: Guest) -> tuple[Chardev, ...]:
     return tuple(
         c
         for c in guest.chardevs
-        if c.server and not c.monitor and c.in_argv and c.listener is not None and c.label not in spared
+        if c.backend == "socket" and c.server and not c.monitor and c.in_argv and c.listener is not None
+        if c.label not in spared
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import CONTROL
+from cpr.qemu.chardevs import GDB, gdb_device
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
 
@@ -138,8 +139,8 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
         )
     line = _with_taps(line, guest, take, numbers, inherited)
     line = _with_fdsets(line, guest, take)
-    line, forwards = cl.without_hostfwd(line)
-    line, gdb = cl.without_gdb(line)
+    line, _ = cl.without_hostfwd(line)
+    line, _ = cl.without_gdb(line)
     line, _ = cl.with_vnc_detached(line)
     vnc = []
     for server in guest.vnc:
@@ -171,10 +172,18 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
         control_number=control_number,
         monitors=tuple(c.label for c in monitors),
         vnc=tuple((display, names) for display, names in vnc if names),
-        forwards=tuple(forward.hmp() for forward in forwards),
-        gdb=f"gdbserver {gdb}" if gdb else "",
+        forwards=tuple(_forwards(guest)),
+        gdb=next((f"gdbserver {gdb_device(c.filename)}" for c in guest.chardevs if c.label == GDB), ""),
         notes=tuple(notes),
     )
+
+
+def _forwards(guest: Guest) -> Iterator[str]:
+    """The ports that are forwarded now, whoever said so: an earlier update has taken them off the command line."""
+    for netdev in guest.netdevs:
+        name = "" if netdev.id.startswith("#") else f"{netdev.id} "  # a name that QEMU made up is another one there
+        for rule in netdev.hostfwd:
+            yield f"hostfwd_add {name}{rule}"
 
 
 def _without_control(line: cl.CommandLine) -> cl.CommandLine:

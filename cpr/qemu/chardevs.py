@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FRAMED = ("telnet", "tn3270", "websocket")
 GDB = "gdb"
-"""The label of the gdb stub's chardev (gdbstub/system.c)."""
+"""The label of the gdb stub's chardev (gdbstub/system.c), and what we call its back end: nobody else's rules fit it."""
 OWN_LABEL = "#"
 """Begins the labels that QEMU makes up (util/id.c id_generate); nobody else may use it."""
 MUX_BASE = "-base"
@@ -63,6 +63,13 @@ def parse_filename(filename: str) -> Described:
     server = bool(re.search(r",server(=on)?(,|$)", address))
     address = re.sub(r"(,(server|abstract|tight|telnet|tn3270|websocket)(=on|=off)?)+$", "", address)
     return Described(protocol=protocol, address=address, peer=peer, server=server, connected=connected)
+
+
+def gdb_device(filename: str) -> str:
+    """What HMP `gdbserver` takes to open a stub again that `query-chardev` describes so."""
+    what = parse_filename(filename)
+    options = ",server=on,wait=off" if what.protocol == "unix" else ""  # to tcp: it adds them itself
+    return f"{what.protocol}:{what.address}{options}"
 
 
 def host_port(address: str) -> tuple[str, int]:
@@ -115,8 +122,7 @@ def join(
     """The pure part, but for the backlog of UNIX listeners, which the kernel is asked for."""
     given = {c.label: c for c in cl.chardevs(cmdline)} if cmdline is not None else {}
     implicit = set(cl.implicit_chardevs(cmdline)) if cmdline is not None else set()
-    if cmdline is not None and cl.gdbstub(cmdline) is not None:
-        implicit.add(GDB)
+    implicit.add(GDB)
     described = {label: (parse_filename(filename), filename, opened) for label, filename, opened in listed}
     found = []
     for label, (what, filename, opened) in sorted(described.items()):
@@ -158,11 +164,13 @@ def _chardev(
 ) -> Chardev:
     given = argv.socket if argv is not None else None
     backend = argv.backend if argv is not None else what.backend
+    if label == GDB:
+        backend = GDB
     server = what.server or (given is not None and given.server)
     framed = what.protocol in FRAMED or (
         given is not None and bool(given.telnet or given.tn3270 or given.websocket or given.tls_creds)
     )
-    listener = _listener(what, argv, table) if backend == "socket" and server else None
+    listener = _listener(what, argv, table) if backend in ("socket", GDB) and server else None
     if listener is not None:
         client = _accepted(what, sockets.clients_of(table, listener))
     elif backend == "socket" and not server:

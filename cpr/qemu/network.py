@@ -7,7 +7,7 @@ networking, which is how its sockets are told from strangers.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.model import Netdev
@@ -77,6 +77,21 @@ def parse_usernet(printed: str) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
+def parse_forwards(printed: str) -> tuple[tuple[str, str], ...]:
+    """(netdev as QEMU calls it, rule as `hostfwd_add` takes it) of the ports that are forwarded now."""
+    found, owner = [], ""
+    for line in printed.splitlines():
+        head = re.match(r"Hub -?\d+ \((.+)\):", line)
+        if head:
+            owner = head[1]
+        row = re.match(r"\s+(TCP|UDP)\[HOST_FORWARD\]\s+-?\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)\s", line)
+        if row:
+            protocol, here, port, there, guest_port = row.groups()
+            here = "" if here == "*" else here
+            found.append((owner, f"{protocol.lower()}:{here}:{port}-{there}:{guest_port}"))
+    return tuple(reversed(found))  # the last one that was added is printed first
+
+
 def netdevs(
     answers: Answers, cmdline: cl.CommandLine | None, table: Sequence[OpenDescriptor]
 ) -> tuple[tuple[Netdev, ...], tuple[tuple[int, str], ...]]:
@@ -85,9 +100,12 @@ def netdevs(
     printed = answers.human("info network")
     listed = parse_network(printed)
     found = join(listed if printed else None, given, table)
-    user = parse_usernet(answers.human("info usernet")) if any(n.type == "user" for n in found) else ()
+    usernet = answers.human("info usernet") if any(n.type == "user" for n in found) else ""
     ids = {entry.name: entry.id for entry in listed}
-    return found, tuple((number, ids.get(name, name)) for number, name in user)
+    if usernet:
+        forwards = [(ids.get(name, name), rule) for name, rule in parse_forwards(usernet)]
+        found = tuple(replace(n, hostfwd=tuple(rule for name, rule in forwards if name == n.id)) for n in found)
+    return found, tuple((number, ids.get(name, name)) for number, name in parse_usernet(usernet))
 
 
 def join(

@@ -296,7 +296,8 @@ DEVICES = [
     Case("listener-unknown", "a chardev's", guest(open_files=(open_file(12, "listener", "x", "chardev:serial0"),))),
     Case("listener-unknown", "a connection", guest(open_files=(open_file(12, "socket", "x"),))),
     Case("listener-gap", "hostfwd", guest(netdevs=(netdev("user", hostfwd=("tcp::2222-:22",)),)), [(N, "net0")]),
-    Case("listener-gap", "gdb", guest("-s"), [(W, "tcp::1234")]),
+    Case("listener-gap", "gdb", guest(chardevs=(chardev("gdb", backend="gdb", filename="tcp::1234,server=on"),)),
+         [(W, "tcp::1234,server=on")]),
     Case("listener-gap", "none", guest()),
     *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind, fds=()),)), [(B, "net0")])
       for kind in ("vhost-user", "vhost-vdpa", "l2tpv3", "vde", "netmap", "socket", "stream", "dgram", "af-xdp")),

@@ -256,6 +256,34 @@ def test_parse_usernet() -> None:
     assert network.parse_usernet(printed) == ((17, "u0"), (40, "u0"), (41, "#net189"))
 
 
+def test_parse_forwards() -> None:
+    printed = (
+        "Hub -1 (u0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"
+        "  TCP[HOST_FORWARD]  19       127.0.0.1 44551       10.0.2.15    22     0     0\r\n"
+        "  TCP[ESTABLISHED]   41       10.0.2.15 36338     192.168.0.1    80     0     0\r\n"
+        "  TCP[HOST_FORWARD]  11               * 39311       10.0.2.15    22     0     0\r\n"
+        "Hub -1 (#net036):\r\n  UDP[HOST_FORWARD]  10       127.0.0.1 40669        10.0.2.9    53     0     0\r\n"
+    )
+    assert network.parse_forwards(printed) == (
+        ("#net036", "udp:127.0.0.1:40669-10.0.2.9:53"),
+        ("u0", "tcp::39311-10.0.2.15:22"),
+        ("u0", "tcp:127.0.0.1:44551-10.0.2.15:22"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("described", "device"),
+    [
+        ("disconnected:tcp:127.0.0.1:1234,server=on", "tcp:127.0.0.1:1234"),
+        ("tcp:0.0.0.0:1234,server=on <-> 127.0.0.1:51234", "tcp:0.0.0.0:1234"),
+        ("disconnected:unix:/run/g,server=on", "unix:/run/g,server=on,wait=off"),
+        ("unix:/run/g,server=on", "unix:/run/g,server=on,wait=off"),
+    ],
+)
+def test_how_a_gdb_stub_is_opened_again(described: str, device: str) -> None:
+    assert chardevs.gdb_device(described) == device
+
+
 # -- displays, jobs
 
 
