@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.qemu import cmdline as cl
-from cpr.qemu.chardevs import CONTROL
-from cpr.qemu.chardevs import GDB, gdb_device
+from cpr.qemu.chardevs import CONTROL, GDB, gdb_device
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
 
