@@ -29,18 +29,21 @@ from cpr import errors
 from cpr.errors import Busy, CprError, Exit
 from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
 from cpr.linux import proc
-from cpr.linux.lock import LockHeld, make_run_directory, process_lock
+from cpr.linux.lock import LockHeld, holder_of, make_run_directory, process_lock
 from cpr.model import Outcome, Plan, Status
 from cpr.run import Bounds, Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import BinaryIO
+
+    from cpr.model import ProcessId
 
 LENGTH = struct.Struct("=Q")
 OOM_SCORE = "-1000"
 BUSY_SECONDS = 60.0
 """How long somebody else is left to recover what our keeper left."""
+WAIT = "wait for it, or look at cpr runs"
 NICENESS = -10
 """The blackout is a conversation with two QEMUs: on a busy host the keeper should not queue behind vCPUs."""
 
@@ -142,6 +145,28 @@ def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | 
     return Handle(process, request)
 
 
+def claimed(process: ProcessId, *, base: str | None = None) -> Busy | None:
+    """What stands in the way of an update: another run that works on the guest, or that was interrupted."""
+    base = base or run_directory()
+    holder = holder_of(base, process.pid, process.start_time)
+    if holder is not None:
+        return Busy(_working(holder), holder, hint=WAIT)
+    try:
+        uid = proc.read_status(process.pid).uids[0]
+    except OSError:
+        return None
+    left = open_journal_of(process, base, owner_uid=uid)
+    return _interrupted(left.run) if left is not None else None
+
+
+def _working(holder: Mapping[str, Any]) -> str:
+    return f"run {holder.get('run', '?')} (pid {holder.get('pid', '?')}) is working on this guest"
+
+
+def _interrupted(run: str) -> Busy:
+    return Busy(f"run {run} was interrupted and is not recovered", {"run": run}, hint=f"cpr recover {run}")
+
+
 def main() -> None:
     """The keeper itself."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -183,7 +208,7 @@ def _work(request: _Request, out: BinaryIO) -> Outcome:
         ):
             left = open_journal_of(guest.process, request.base, owner_uid=guest.uid)
             if left is not None:
-                return _busy(guest, f"run {left.run} was interrupted and is not recovered", f"cpr recover {left.run}")
+                return _busy(guest, _interrupted(left.run))
             journal = Journal(request.plan, request.run_id, directory=request.base)
             run = Run(
                 plan=request.plan,
@@ -198,8 +223,7 @@ def _work(request: _Request, out: BinaryIO) -> Outcome:
             gc.disable()  # no collection may fall into the blackout
             return run.execute()
     except LockHeld as held:
-        who = f"run {held.holder.get('run', '?')} (pid {held.holder.get('pid', '?')})"
-        return _busy(guest, f"{who} is working on this guest", "wait for it, or look at cpr runs")
+        return _busy(guest, Busy(_working(held.holder), held.holder, hint=WAIT))
     except CprError as error:
         return _failed(guest, error.message, error.code, error.hint)
     except OSError as error:
@@ -226,7 +250,7 @@ def _say(out: BinaryIO, message: dict[str, Any]) -> None:
         out.flush()
 
 
-def _busy(guest: Any, message: str, hint: str) -> Outcome:
+def _busy(guest: Any, busy: Busy) -> Outcome:
     return Outcome(
         guest=guest.name or str(guest.process.pid),
         uuid=guest.uuid,
@@ -235,8 +259,8 @@ def _busy(guest: Any, message: str, hint: str) -> Outcome:
         where=errors.UNTOUCHED,
         pid_before=guest.process.pid,
         pid_after=guest.process.pid,
-        error=message,
-        hint=hint,
+        error=busy.message,
+        hint=busy.hint,
     )
 
 

@@ -85,9 +85,15 @@ class Examiner:
             UsageError: the choices cannot be meant.
         """
         planning.known_engine(self.choices.engine, self.world.engines)
+        busy = self.world.claimed(candidate.process)  # its monitor is held then, and its state somebody's business
+        if busy is not None:
+            return Examined(candidate=candidate, error=busy)
         try:
             guest = self.world.survey(candidate)
         except MonitorError as error:
+            busy = self.world.claimed(candidate.process)
+            if busy is not None:
+                return Examined(candidate=candidate, error=busy)
             finding = monitor_finding(error, candidate.unreadable)
             blocked = Blocked(finding.message, hint=finding.hint)
             return Examined(candidate=candidate, findings=(finding,), error=blocked)

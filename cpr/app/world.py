@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from cpr.engines.base import Engine
-    from cpr.model import Candidate, Guest, Host, Outcome, Plan, Rehearsal, Target
+    from cpr.errors import Busy
+    from cpr.model import Candidate, Guest, Host, Outcome, Plan, ProcessId, Rehearsal, Target
 
 DEFAULTS = Config()
 
@@ -43,6 +44,8 @@ class World:
     """(plan, run id, timeout, longest pause), both in seconds."""
     engines: Mapping[str, Engine]
     new_run_id: Callable[[], str]
+    claimed: Callable[[ProcessId], Busy | None]
+    """Another run that works on the guest, or that was interrupted and left it."""
 
 
 def real_world() -> World:
@@ -66,6 +69,7 @@ def real_world() -> World:
         start=start,
         engines=ENGINES,
         new_run_id=journal.new_run_id,
+        claimed=keeper.claimed,
     )
 
 

@@ -93,6 +93,30 @@ def process_lock(
     raise OSError(errno.EAGAIN, "the lock file changes all the time", path)
 
 
+def holder_of(directory: str, pid: int, start_time: int) -> dict[str, Any] | None:
+    """What the holder of a process's lock wrote; None: nobody holds it, as far as we may look."""
+    path = os.path.join(directory, "locks", f"{pid}-{start_time}")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        holder = _read(fd)
+        # for who takes it at this moment a shared lock of ours would be in the way: one that is left over is not tried
+        if isinstance(holder.get("pid"), int) and not os.path.exists(f"/proc/{holder['pid']}"):
+            return None
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None
+
+
 def _open(path: str, owner_uid: int) -> int | None:
     """The file, made if it is not there; None: look again.
 

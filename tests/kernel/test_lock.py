@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cpr.linux.lock import LockHeld, ProcessLock, make_run_directory, process_lock
+from cpr.linux.lock import LockHeld, ProcessLock, holder_of, make_run_directory, process_lock
 from tests.kernel.support import can, needs_other_users
 
 if TYPE_CHECKING:
@@ -52,6 +52,24 @@ def test_lock_and_release(directory: str) -> None:
     assert not os.path.exists(held.path)
     held.release()
     lock(directory).release()
+
+
+def test_who_holds_it_can_be_asked(directory: str) -> None:
+    assert holder_of(directory, 5, 77) is None
+    with lock(directory) as held:
+        told = holder_of(directory, 5, 77)
+        assert told is not None
+        assert (told["run"], told["pid"]) == ("x", os.getpid())
+        assert holder_of(directory, 5, 78) is None
+    assert not os.path.exists(held.path)
+    assert holder_of(directory, 5, 77) is None
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 1 << 30, "nonsense"])
+def test_a_file_that_is_left_over_is_held_by_nobody(directory: str, pid: object) -> None:
+    with open(f"{directory}/locks/5-77", "w") as file:
+        json.dump({"pid": pid, "run": "x"}, file)
+    assert holder_of(directory, 5, 77) is None
 
 
 def test_the_lock_falls_with_its_holder(directory: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cpr.app import World
-from cpr.errors import AS_BEFORE, RUNS_NEW, CprError, Exit, NoSuchGuest
+from cpr.errors import AS_BEFORE, RUNS_NEW, Busy, CprError, Exit, NoSuchGuest
 from cpr.model import Candidate, Finding, Guest, Host, Outcome, Plan, Rehearsal, Status, Step, Target
 from tests.unit.checks import facts
 
@@ -103,6 +103,8 @@ class FakeHost:
     rehearsed: list[str] = field(default_factory=list)
     keepers: list[FakeKeeper] = field(default_factory=list)
     started: threading.Event = field(default_factory=threading.Event)
+    busy: dict[int, Busy] = field(default_factory=dict)
+    """By the pid of the guest."""
 
     def add(self, name: str, **changes: Any) -> None:
         """A guest that can be updated, but for `changes`."""
@@ -158,4 +160,5 @@ class FakeHost:
             start=self.start,
             engines=self.engines,
             new_run_id=lambda: "20261120T101500-3f2a",
+            claimed=lambda process: self.busy.get(process.pid),
         )

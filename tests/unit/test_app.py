@@ -10,7 +10,7 @@ import pytest
 
 from cpr import app
 from cpr.app.update import worst
-from cpr.errors import BinaryUnusable, Exit, MonitorError, MonitorHeld, NoSuchGuest, PrivilegeError, UsageError
+from cpr.errors import BinaryUnusable, Busy, Exit, MonitorError, MonitorHeld, NoSuchGuest, PrivilegeError, UsageError
 from cpr.model import Backing, Outcome, Status
 from cpr.progress import Silent
 from tests.unit import values
@@ -72,6 +72,17 @@ def test_a_named_guest_is_updated_to_the_same_binary() -> None:
     host = FakeHost()
     host.add("new", binary=UP_TO_DATE)
     assert statuses(update(host, "new")) == {"new": Status.UPDATED}
+
+
+def test_a_guest_that_another_run_has_is_left_alone() -> None:
+    host = FakeHost()
+    host.add("a")
+    host.add("b")
+    host.busy[4242] = Busy("run 1 (pid 7) is working on this guest", {"run": "1", "pid": 7}, hint="wait")
+    result = update(host, "a", "b")
+    assert statuses(result) == {"a": Status.BUSY, "b": Status.UPDATED}
+    assert (result.exit_code, result.outcomes[0].hint) == (Exit.BUSY, "wait")
+    assert host.rehearsed == ["b"]
 
 
 def test_one_blocked_guest_does_not_stop_the_others() -> None:
