@@ -312,6 +312,9 @@ def open_journal_of(process: ProcessId, base: str | None = None, *, owner_uid: i
     """A journal of this boot for this very process that nobody closed, if there is one.
 
     Everybody may put a file there, so it is believed of root, of us and of `owner_uid`, the guest's user.
+
+    Raises:
+        JournalError: there is one that cannot be read: nobody knows what was done to this process.
     """
     wanted = f"{process.pid}-{process.start_time}.journal"
     for path in journal_files(base):
@@ -320,7 +323,7 @@ def open_journal_of(process: ProcessId, base: str | None = None, *, owner_uid: i
                 if os.stat(path, follow_symlinks=False).st_uid not in (0, os.geteuid(), owner_uid):
                     continue
                 record = read(path)
-            except (JournalError, NotFound, OSError):
+            except (NotFound, OSError):
                 continue
             if record.open and record.header["boot_id"] == boot_id():
                 return record
