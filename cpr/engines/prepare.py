@@ -97,6 +97,7 @@ class TakeDescriptors(Step):
                 # QEMU leaves it blocking: of two that are woken for one client the second would hang in accept,
                 # and with it the guest. Left so at an undo: with one QEMU it makes no difference.
                 os.set_blocking(fd.number, False)
+                clients.lengthen_queue(fd)
         for number in (0, 1, 2):
             with contextlib.suppress(OSError):
                 run.descriptors[f"stdio:{number}"] = fds.take_fd(run.old.pidfd, number)
@@ -107,7 +108,9 @@ class TakeDescriptors(Step):
 
 def release(run: Run) -> None:
     """Close our copies of what was taken."""
-    for fd in run.descriptors.values():
+    for name, fd in run.descriptors.items():
+        if name.startswith(LISTENERS):
+            clients.shorten_queue(fd)
         fd.close()
     run.descriptors.clear()
 
@@ -227,6 +230,9 @@ class StartNew(Step):
         with contextlib.closing(doors):
             run.new_monitor = self._greet(run, control, doors)
             doors.settle()
+        for name, listener in run.descriptors.items():
+            if name.startswith(LISTENERS):
+                clients.lengthen_queue(listener)  # the new QEMU has shortened it
         if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
             raise StepFailed(self.describe(), "another QEMU answered on the monitor", hint="try again")
         self._same_ram(run)

@@ -90,6 +90,7 @@ def two_places(address: MonitorAddress, pid: int, listener: Fd) -> tuple[socket.
     Raises:
         MonitorError: others came between every time. OSError: nobody listens there.
     """
+    lengthen_queue(listener)
     for _ in range(ATTEMPTS):
         first = qmp.open_socket(address, pid)
         try:
@@ -106,6 +107,27 @@ def two_places(address: MonitorAddress, pid: int, listener: Fd) -> tuple[socket.
         second.close()
         time.sleep(0.005)
     raise MonitorError(str(address), "other clients keep coming in between", hint="try again")
+
+
+QUEUE = 1024
+"""Clients that may wait while nobody is served; net.core.somaxconn is the limit."""
+USUAL_QUEUE = 1
+"""What QEMU's listeners have (qio_net_listener_open_sync of every chardev and VNC server): two clients may wait."""
+
+
+def lengthen_queue(listener: Fd) -> None:
+    """Have clients wait: with a full queue those of UNIX sockets that do not block are refused (EAGAIN).
+
+    A QEMU that is given the listener shortens it again.
+    """
+    with socket.socket(fileno=os.dup(listener.number)) as sock:
+        sock.listen(QUEUE)
+
+
+def shorten_queue(listener: Fd) -> None:
+    """As QEMU has it; who waits already stays."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listener.number)) as sock:
+        sock.listen(USUAL_QUEUE)
 
 
 def are_neighbours(first: socket.socket, second: socket.socket, listener: Fd, pid: int) -> bool | None:

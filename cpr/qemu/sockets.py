@@ -94,13 +94,14 @@ def join(sockets: Sequence[tuple[int, int]], listed: Iterable[Endpoint]) -> tupl
 
 
 def waiting(listener: Endpoint, pid: int) -> int:
-    """Clients in a listener's backlog; 0 where the kernel does not say."""
+    """Clients in a listener's backlog; 0 where the kernel does not say. Those that left a UNIX one do not count."""
     if listener.family != socket.AF_UNIX:
         return listener.backlog
     try:
-        return proc.unix_backlog(listener.inode, pid)
+        told = sockdiag.unix_socket(listener.inode, pid)
     except OSError:
         return 0
+    return sum(1 for inode in told.waiting if inode) if told.waiting else told.queue
 
 
 def peer_path(endpoint: Endpoint, pid: int) -> str:

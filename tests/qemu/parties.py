@@ -47,15 +47,18 @@ def words_of(address: Address) -> str:
     return f"path={address}" if isinstance(address, Path) else f"host={address[0]},port={address[1]}"
 
 
-def connected(address: Address, seconds: float = 10.0) -> socket.socket:
-    """A blocking connection: where the queue is full it waits, as a client does. Raises OSError after `seconds`."""
+def connected(address: Address, seconds: float = 10.0, *, impatient: bool = False) -> socket.socket:
+    """A connection. It blocks: where the queue is full it waits (an impatient one does not) and raises OSError after
+    `seconds`."""
     family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         # not settimeout: it makes a UNIX socket give up at once where the queue is full
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+        sock.setblocking(not impatient or family != socket.AF_UNIX)
         sock.connect(str(address) if isinstance(address, Path) else address)
+        sock.setblocking(True)
     except BaseException:
         sock.close()
         raise
@@ -184,12 +187,16 @@ class Knocker(Party):
 
 
 class Poller(Party):
-    """Asks a QMP socket for `query-status` and hangs up, every `interval` seconds."""
+    """Asks a QMP socket for `query-status` and hangs up, every `interval` seconds.
 
-    def __init__(self, address: Address, interval: float = 0.05) -> None:
+    impatient: its connect gives up at once where the queue is full, as that of a socket that does not block.
+    """
+
+    def __init__(self, address: Address, interval: float = 0.05, *, impatient: bool = False) -> None:
         super().__init__()
         self.address = address
         self.interval = interval
+        self.impatient = impatient
         self.told: list[tuple[float, str]] = []
         """(when, runstate) of every answer."""
         self.versions: list[str] = []
@@ -200,7 +207,7 @@ class Poller(Party):
         while not self._closing.wait(self.interval):
             began = time.monotonic()
             try:
-                with Qmp(self.address) as monitor:
+                with Qmp(self.address, impatient=self.impatient) as monitor:
                     status = monitor.execute("query-status")["status"]
                     self.told.append((time.monotonic(), status))
                     self.versions.append(monitor.version)
@@ -217,8 +224,8 @@ class Poller(Party):
 class Qmp:
     """A QMP session as simple as a script's: blocking, one command at a time."""
 
-    def __init__(self, address: Address, seconds: float = 20.0) -> None:
-        self._sock = connected(address, seconds)
+    def __init__(self, address: Address, seconds: float = 20.0, *, impatient: bool = False) -> None:
+        self._sock = connected(address, seconds, impatient=impatient)
         self._file = self._sock.makefile("rb")
         self.events: list[dict[str, Any]] = []
         version = self._read()["QMP"]["version"]["qemu"]

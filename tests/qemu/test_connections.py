@@ -280,7 +280,7 @@ def test_polling_tools_over_ten_updates(lab: Lab, cpr: Command, builds: Builds, 
     """Three of them, two on the guest's own socket and one on a second."""
     second = address_of(lab, kind, "second")
     with counted(lab, builds("7.2"), "-chardev", server("q2", second), "-mon", "q2,mode=control") as guest:
-        pollers = [Poller(guest.qmp), Poller(guest.qmp, 0.03), Poller(second)]
+        pollers = [Poller(guest.qmp), Poller(guest.qmp, 0.03, impatient=True), Poller(second)]
         polled(lab, cpr, builds, ["11.1.a", "11.1.b"] * 5, pollers, guest)
 
 
