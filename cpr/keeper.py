@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors
-from cpr.errors import Busy, CprError, Exit
+from cpr.errors import Busy, CprError, Exit, JournalError
 from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
 from cpr.linux import proc
 from cpr.linux.lock import LockHeld, holder_of, make_run_directory, process_lock
@@ -145,8 +145,9 @@ def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | 
     return Handle(process, request)
 
 
-def claimed(process: ProcessId, *, base: str | None = None) -> Busy | None:
-    """What stands in the way of an update: another run that works on the guest, or that was interrupted."""
+def claimed(process: ProcessId, *, base: str | None = None) -> CprError | None:
+    """What stands in the way of an update: another run that works on the guest, that was interrupted, or that left a
+    journal which cannot be read."""
     base = base or run_directory()
     holder = holder_of(base, process.pid, process.start_time)
     if holder is not None:
@@ -155,7 +156,10 @@ def claimed(process: ProcessId, *, base: str | None = None) -> Busy | None:
         uid = proc.read_status(process.pid).uids[0]
     except OSError:
         return None
-    left = open_journal_of(process, base, owner_uid=uid)
+    try:
+        left = open_journal_of(process, base, owner_uid=uid)
+    except JournalError as error:
+        return error
     return _interrupted(left.run) if left is not None else None
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from cpr.engines.base import Engine
-    from cpr.errors import Busy
+    from cpr.errors import CprError
     from cpr.model import Candidate, Guest, Host, Outcome, Plan, ProcessId, Rehearsal, Target
 
 DEFAULTS = Config()
@@ -44,8 +44,8 @@ class World:
     """(plan, run id, timeout, longest pause), both in seconds."""
     engines: Mapping[str, Engine]
     new_run_id: Callable[[], str]
-    claimed: Callable[[ProcessId], Busy | None]
-    """Another run that works on the guest, or that was interrupted and left it."""
+    claimed: Callable[[ProcessId], CprError | None]
+    """Another run that works on the guest, was interrupted and left it, or left a journal that cannot be read."""
 
 
 def real_world() -> World:
