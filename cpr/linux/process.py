@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
-from cpr.linux import procfile
+from cpr.linux import procfile, syscalls
 from cpr.linux.fds import Fd, open_pidfd
 from cpr.linux.status import process_start_time
 
@@ -120,6 +120,11 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """It is not reaped yet, so its pid is its own, and so is the group of that number."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """For a child between fork and exec: the kernel kills it when the thread that forked it ends, however that ends."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class HasPidfd(Protocol):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.errors import BinaryUnusable, CprError, MonitorHeld
 from cpr.linux import elf
-from cpr.linux.process import RunFailed, run
+from cpr.linux.process import RunFailed, end_with_parent, run
 from cpr.model import Binary, Target
 from cpr.qemu import qmp
 from cpr.qemu.answers import Answers, mapping, mappings, number, parse_names, text
@@ -152,6 +152,7 @@ def _spawn(path: str, monitor: int, said: int) -> subprocess.Popen[bytes]:
             cwd="/",
             env=environment(),
             start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, no lock is taken
         )
     except OSError as error:
         raise BinaryUnusable(path, f"cannot be run: {error.strerror or error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -96,3 +97,25 @@ def test_open_process_wants_the_very_process() -> None:
         with pytest.raises(ProcessLookupError):
             open_process(2**22 - 1)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+FORKER = """
+import subprocess, sys, signal
+from cpr.linux.process import end_with_parent
+child = subprocess.Popen(["sleep", "1000"], preexec_fn=end_with_parent if sys.argv[1] == "ends" else None)
+print(child.pid, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_child_ends_with_its_parent(ends: bool) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKER, "ends" if ends else "stays"], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        with open_process(int(parent.stdout.readline())) as grandchild:
+            parent.kill()
+            assert grandchild.wait_dead(5.0 if ends else 0.2) is ends
+            grandchild.kill()
+            assert grandchild.wait_dead(5)
