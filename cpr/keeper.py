@@ -184,6 +184,7 @@ def main() -> None:
     out = sys.stdout.buffer
     outcome = _work(request, out)
     _say(out, {"event": "outcome", "value": base64.b64encode(pickle.dumps(outcome)).decode()})
+    os._exit(0)  # nothing is left to do, and the interpreter would flush to a command that may be gone
 
 
 def _read(size: int) -> bytes:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from cpr.qemu.qmp import Monitor
 
-ASK_SECONDS = 10.0
+ASK_SECONDS = 30.0
 """A QEMU with `-machine none` answers within 0.1 s; more than this is a hang."""
 LABEL = "cpr"
 PENDING = "CPR_RUN_PENDING"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -299,7 +300,7 @@ def test_a_pid_that_belongs_to_another_process_by_now_is_not_killed(
 
 def test_a_guest_that_ended_meanwhile(left: Left) -> None:
     left.starting()
-    subprocess.run(["kill", "-9", str(left.guest.pid)], check=True)
+    os.kill(left.guest.pid, signal.SIGKILL)
     wait_dead(left.guest)
     (outcome,) = left.recover()
     assert outcome.exit_code == Exit.NEEDS_ATTENTION
@@ -364,7 +365,7 @@ def test_a_full_disk_is_no_reason_not_to_close_it(left: Left, child: Callable[..
     """What was allocated in advance is used, and the file never needs more room than it has."""
     size = left.path.stat().st_size
     left.starting()
-    subprocess.run(["kill", "-9", str(left.guest.pid)], check=True)
+    os.kill(left.guest.pid, signal.SIGKILL)
     wait_dead(left.guest)
     watcher = subprocess.run(
         [sys.executable, "-c", UNDER_LIMIT, str(left.base), str(size)], capture_output=True, text=True, check=False
