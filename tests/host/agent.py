@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 RESEND_SECONDS = 0.5
 STEP_SECONDS = 0.1
-PIECE = 1 << 20
 
 _ids = itertools.count(os.getpid() << 20)
 
@@ -128,8 +127,10 @@ class Agent:
 
     def start(self, words: list[str], given: bytes = b"") -> int:
         """Start a program and return its pid."""
-        more = {"input-data": base64.b64encode(given).decode()} if given else {}
-        started = self.call("guest-exec", path=words[0], arg=words[1:], **{"capture-output": True}, **more)
+        arguments: dict[str, Any] = {"path": words[0], "arg": words[1:], "capture-output": True}
+        if given:
+            arguments["input-data"] = base64.b64encode(given).decode()
+        started = self.call("guest-exec", **arguments)
         return int(started["pid"])
 
     def _send(self, command: str, arguments: dict[str, Any], before: bytes = b"") -> None:

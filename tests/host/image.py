@@ -54,8 +54,11 @@ USERS = "root:x:0:0:root:/root:/bin/bash\nguest:x:2000:2000::/home/guest:/bin/sh
 GROUPS = "root:x:0:\ntty:x:5:\nkvm:x:104:guest\nguest:x:2000:\nnogroup:x:65534:\n"
 UNITS = ("cpr-host-agent.service", "cpr-host-shell.service")
 UNWANTED = (
-    *("systemd-firstboot.service", "getty.target", "systemd-update-utmp.service", "systemd-hwdb-update.service"),
-    *("systemd-journal-catalog-update.service", "systemd-pcrphase.service", "systemd-tpm2-setup.service"),
+    *("getty.target", "ldconfig.service", "proc-sys-fs-binfmt_misc.automount", "sys-fs-fuse-connections.mount"),
+    *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "systemd-binfmt.service", "systemd-firstboot.service"),
+    *("systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-pcrphase.service"),
+    *("systemd-sysext.socket", "systemd-sysusers.service", "systemd-tpm2-setup.service", "systemd-update-done.service"),
+    *("systemd-update-utmp.service", "systemd-user-sessions.service", "systemd-random-seed.service"),
 )
 SITE = "/opt/cpr"
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tests.host import image, kernels
+from tests.host import image
 from tests.host.agent import Agent, AgentSilent
 from tests.lab import cache, qemu
 
@@ -33,7 +33,10 @@ APPEND = (
     "console=ttyS0 loglevel=4 panic=-1 oops=panic tsc=reliable mitigations=off nowatchdog no_timer_check "
     "random.trust_cpu=on cryptomgr.notests"
 )
-DEAD = re.compile(rb"Kernel panic|\bBUG: (?!soft lockup|workqueue)|general protection fault|Oops:|host VM: no root disk")
+DEAD = re.compile(
+    rb"Kernel panic|\bBUG: (?!soft lockup|workqueue)|general protection fault|Oops:|host VM: no root disk"
+)
+PREFIX = "cpr-host-"
 MEMMAP, NVDIMM = "memmap", "nvdimm"
 DAX_MIB = 768
 NVME_ADDRESS, NIC_ADDRESS = "0000:00:10.0", "0000:00:11.0"
@@ -67,7 +70,7 @@ class Machine:
         """The kernel's command line."""
         init = "/sbin/init" if self.systemd else "/sbin/init.small"
         words = [APPEND, f"init={init}", f"cpr.lab={cache.root()}", f"cpr.site={image.SITE}", *self.words]
-        words += [f"memmap={DAX_MIB}M!1G"] if self.dax == MEMMAP else []
+        words += {MEMMAP: [f"memmap={DAX_MIB}M!1G"], NVDIMM: ["cpr.nvdimm"]}.get(self.dax, [])
         words += ["intel_iommu=on"] if self.devices else []
         return " ".join(words)
 
@@ -110,7 +113,8 @@ class Host:
         self.machine = machine
         self.disks = image.obtain()
         self.build = qemu.obtain(OUTER)
-        self.directory = Path(tempfile.mkdtemp(prefix="cpr-host-", dir="/tmp"))
+        remove_leftovers()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp"))
         self.serial = self.directory / "serial.log"
         self.times = Times()
         self._shell = shell
@@ -265,9 +269,13 @@ class Host:
         words += f" -smp {machine.cpus} -m {memory} -nodefaults -no-user-config -display none -no-reboot"
         if machine.devices:  # the IOMMU before what is behind it
             words += " -device intel-iommu,intremap=on,caching-mode=on"
-        for name, form, more in (("root", "qcow2", ""), ("lab", "raw", ",readonly=on"), ("site", "raw", ",readonly=on")):
-            file = {"root": self.directory / "root.qcow2", "lab": self.disks.lab, "site": self.disks.site}[name]
-            words += f" -drive if=none,id={name},file={file},format={form},cache=unsafe,file.locking=off{more}"
+        read_only = "format=raw,readonly=on,file.locking=off"
+        for name, file, how in (
+            ("root", self.directory / "root.qcow2", "format=qcow2"),
+            ("lab", self.disks.lab, read_only),
+            ("site", self.disks.site, read_only),
+        ):
+            words += f" -drive if=none,id={name},file={file},cache=unsafe,{how}"
             words += f" -device virtio-blk-pci,drive={name}"
         words += f" -chardev file,id=serial,path={self.serial},append=on -serial chardev:serial"
         words += " -chardev stdio,id=shell,signal=off -serial chardev:shell" if self._shell else ""
@@ -329,11 +337,14 @@ class Host:
         return f"Host({self.machine}, pid {self._process.pid if self._process else None})"
 
 
-def known_kernels() -> list[str]:
-    """The keys of the kernels a host VM may have."""
-    return list(kernels.KERNELS)
+def remove_leftovers() -> None:
+    """Remove the directories of processes that are gone; their VMs went with them."""
+    for path in Path("/tmp").glob(f"{PREFIX}*"):
+        owner = path.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fits(seconds: float) -> float:
-    """A time bar on this machine: CPR_HOST_SLOW (a factor) stretches it for one that is busy."""
+    """A time bar on this machine: CPR_HOST_SLOW (a factor) stretches it on one that is busy."""
     return seconds * float(os.environ.get("CPR_HOST_SLOW", "1"))

@@ -10,7 +10,7 @@ mount -t tmpfs -o mode=1777 tmp /tmp
 mkdir -p /dev/shm /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t devpts pts /dev/pts
-hostname cpr-host
+echo cpr-host > /proc/sys/kernel/hostname
 echo '+cpu +memory +io +pids' > /sys/fs/cgroup/cgroup.subtree_control
 /usr/lib/cpr-host/setup
 /usr/lib/cpr-host/agent &
