@@ -121,6 +121,7 @@ class Agent:
                 code = status.get("exitcode", -status.get("signal", 0))
                 return Ended(code, decoded(status, "out-data"), decoded(status, "err-data"))
             if time.monotonic() > end:
+                self.start(["/bin/kill", "-KILL", str(pid)])
                 raise AgentSilent(f"{words[-1]!r} did not end within {seconds:g} s")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)

@@ -108,8 +108,8 @@ class Times:
 class Host:
     """A host VM.  A context manager: it is started on the way in, and nothing is left of it on the way out."""
 
-    def __init__(self, machine: Machine = SMALL, *, shell: bool = False) -> None:
-        """shell: connect its second serial port, with a shell on it, to our standard input and output."""
+    def __init__(self, machine: Machine = SMALL, *, terminal: bool = False) -> None:
+        """terminal: connect its second serial port, with a shell on it, to our standard input and output."""
         self.machine = machine
         self.disks = image.obtain()
         self.build = qemu.obtain(OUTER)
@@ -117,7 +117,7 @@ class Host:
         self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp"))
         self.serial = self.directory / "serial.log"
         self.times = Times()
-        self._shell = shell
+        self._terminal = terminal
         self._kernel = machine.kernel
         self._process: subprocess.Popen[bytes] | None = None
         self._read = 0
@@ -130,12 +130,12 @@ class Host:
         """Power it on and wait until its agent answers and, with systemd, until it is up."""
         began = time.monotonic()
         said = (self.directory / "qemu.log").open("ab")
-        quiet = None if self._shell else subprocess.DEVNULL
+        quiet = None if self._terminal else subprocess.DEVNULL
         with said:
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.command()],
                 stdin=quiet,
-                stdout=None if self._shell else said,
+                stdout=None if self._terminal else said,
                 stderr=said,
                 cwd=self.directory,
             )
@@ -179,6 +179,11 @@ class Host:
         self._wait_up(max(1.0, end - time.monotonic()))
         self.times.kexecs.append(time.monotonic() - began)
         return self.times.kexecs[-1]
+
+    def wait(self) -> None:
+        """Wait until it is powered off from within."""
+        if self._process is not None:
+            self._process.wait()
 
     @property
     def alive(self) -> bool:
@@ -253,9 +258,13 @@ class Host:
     def inside(self, module: str, *words: object, seconds: float = 120) -> dict[str, Any]:
         """Run ``tests.host.inside.MODULE`` in it and return the document that it prints."""
         lab = f"CPR_LAB_CACHE={shlex.quote(str(cache.root()))}"
-        said = self.run(f"{lab} exec python3 -m tests.host.inside.{module} {shlex.join(map(str, words))}", seconds)
+        call = f"python3 -m tests.host.inside.{module} {shlex.join(map(str, words))}"
+        try:
+            said = self.run(f"{lab} exec {call} 2> /run/inside.log", seconds)
+        except AgentSilent as error:
+            raise AgentSilent(f"{error}\n{self.run('tail -n 30 /run/inside.log').out}") from None
         if said.code:
-            raise CommandFailed(f"{module}: {said}")
+            raise CommandFailed(f"{module}: {said}\n{self.run('tail -n 30 /run/inside.log').out}")
         return said.json
 
     # -- how it is made
@@ -278,7 +287,7 @@ class Host:
             words += f" -drive if=none,id={name},file={file},cache=unsafe,{how}"
             words += f" -device virtio-blk-pci,drive={name}"
         words += f" -chardev file,id=serial,path={self.serial},append=on -serial chardev:serial"
-        words += " -chardev stdio,id=shell,signal=off -serial chardev:shell" if self._shell else ""
+        words += " -chardev stdio,id=shell,signal=off -serial chardev:shell" if self._terminal else ""
         words += f" -device virtio-serial-pci -chardev socket,id=agent,path={self.directory}/agent,server=on,wait=off"
         words += " -device virtserialport,chardev=agent,name=org.qemu.guest_agent.0"
         if machine.dax == NVDIMM:
@@ -288,7 +297,7 @@ class Host:
             words += f" -drive if=none,id=nvme,file={self.directory}/nvme,format=raw"
             words += f" -device nvme,drive=nvme,serial=lab1,addr={NVME_ADDRESS[8:10]}.0"
             words += f" -netdev user,id=nic,restrict=on -device e1000e,netdev=nic,addr={NIC_ADDRESS[8:10]}.0"
-        append = machine.append() + (" cpr.shell" if self._shell else "")
+        append = machine.append() + (" cpr.shell" if self._terminal else "")
         return [*self.build.command, *words.split(), "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
 
     def _make_disks(self) -> None:

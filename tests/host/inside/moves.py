@@ -29,7 +29,13 @@ START_SECONDS = 90.0
 HZ = 25  # each byte on the console is an exit of the nested guest, and dear
 
 
+def note(text: str) -> None:
+    """Say how far it has come, for somebody who waits in vain."""
+    print(f"{time.monotonic():.1f} {text}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old")
     parser.add_argument("new")
@@ -44,6 +50,7 @@ def main() -> int:
     while len(document["rounds"]) < options.rounds:
         with started(builds[0], options.guest, options.memory, options.accel) as subject:
             document["starts"].append(subject.seconds)
+            note(f"counts after {subject.seconds:.1f} s")
             route = [builds[1], builds[0]] * options.rounds if options.back else [builds[1]]
             for target in route[: options.rounds - len(document["rounds"])]:
                 document["rounds"].append(subject.move(target))
@@ -69,6 +76,7 @@ class Subject:
             blocks = log.disk_ok
             log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
         before = clock(log)
+        note("update")
         began = time.monotonic()
         words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
         command = [sys.executable, "-m", "cpr", *words]
@@ -80,7 +88,9 @@ class Subject:
         with contextlib.suppress(ProcessLookupError, TypeError):
             self.lab.adopt(answer["pid_after"])
         self.pid = answer["pid_after"] or self.pid
+        note(f"{answer['status']} after {seconds:.1f} s")
         problems = self._after()
+        note("watched")
         return {
             "status": answer["status"],
             "code": done.returncode,
