@@ -46,12 +46,12 @@ def line(what: str, document: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_smoke(host: Host, hosts: Hosts) -> None:
-    document = host.inside("moves", "7.2", "11.1.a", seconds=200)
+    document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=600)
     for round_ in document["rounds"]:
         judge(round_)
-    hosts.lines.append(line("nested KVM, counting guest, 256M", document))
+    hosts.lines.append(line("nested KVM, counting guest, 128M", document))
 
 
 @pytest.mark.hostfull

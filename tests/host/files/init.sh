@@ -6,9 +6,9 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t tmpfs run /run
-mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t tmpfs -o mode=1777,huge=always tmp /tmp   # RAM of guests: 512 times fewer faults, each dear under TCG
 mkdir -p /dev/shm /dev/pts
-mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t tmpfs -o mode=1777,huge=always shm /dev/shm
 mount -t devpts pts /dev/pts
 echo cpr-host > /proc/sys/kernel/hostname
 echo '+cpu +memory +io +pids' > /sys/fs/cgroup/cgroup.subtree_control
