@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from tests.host import image, kernels, vm
+from tests.host import image, kernels, machine, vm
 from tests.lab import LabError, cache
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tox -e host --", description=__doc__)
     parser.add_argument("--shell", action="store_true", help="a shell in a host VM; `poweroff -f` ends it")
     parser.add_argument("--build", action="store_true", help="build its images and say how long that takes")
-    parser.add_argument("--kernel", choices=[*kernels.KERNELS], default=vm.SMALL.kernel)
+    parser.add_argument("--kernel", choices=[*kernels.KERNELS], default=machine.SMALL.kernel)
     parser.add_argument("--systemd", action="store_true", help="with systemd as process 1")
-    parser.add_argument("--dax", choices=[vm.MEMMAP, vm.NVDIMM], default="", help="with persistent memory")
+    parser.add_argument("--dax", choices=[machine.MEMMAP, machine.NVDIMM], default="", help="with persistent memory")
     parser.add_argument("--devices", action="store_true", help="with an NVMe and a NIC behind an IOMMU")
-    parser.add_argument("--memory", type=int, default=vm.SMALL.memory, metavar="MIB")
+    parser.add_argument("--memory", type=int, default=machine.SMALL.memory, metavar="MIB")
     options, rest = parser.parse_known_args(arguments)
     try:
         if options.build:
             build()
         if options.shell:
             shell(
-                vm.Machine(
+                machine.Machine(
                     kernel=options.kernel,
                     systemd=options.systemd,
                     dax=options.dax,
@@ -67,9 +67,9 @@ def build() -> None:
         print(f"{what:4} {time.monotonic() - began:5.1f} s  {cache.size(directory) >> 20:4} MiB  {path}", flush=True)
 
 
-def shell(machine: vm.Machine) -> None:
+def shell(which: machine.Machine) -> None:
     """Connect the terminal to a shell in a new host VM until that is powered off."""
-    host = vm.Host(machine, terminal=True)
+    host = vm.Host(which, terminal=True)
     try:
         host.start()
         print(f"host VM: up after {host.times.boot:.1f} s, serial log {host.serial}; `poweroff -f` ends it", flush=True)

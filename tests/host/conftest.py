@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.host import image
-from tests.host.vm import SMALL, SYSTEMD, Host, Machine
+from tests.host.machine import SMALL, SYSTEMD, Machine
+from tests.host.vm import Host
 from tests.lab import LabError
 
 if TYPE_CHECKING:

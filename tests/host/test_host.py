@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.host import kernels
-from tests.host.vm import MEMMAP, NIC_ADDRESS, NVDIMM, NVME_ADDRESS, SMALL, SYSTEMD, Host, HostDied, Machine, fits
+from tests.host.machine import MEMMAP, NIC_ADDRESS, NVDIMM, NVME_ADDRESS, SMALL, SYSTEMD, Machine
+from tests.host.vm import Host, HostDied, fits
 
 if TYPE_CHECKING:
     from tests.host.conftest import Hosts

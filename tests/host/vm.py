@@ -23,23 +23,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tests.host import image
 from tests.host.agent import Agent, AgentSilent
+from tests.host.machine import SMALL, Machine, port
 from tests.lab import cache, qemu
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 OUTER = "11.1.a"
-APPEND = (
-    "console=ttyS0 loglevel=4 panic=-1 oops=panic tsc=reliable mitigations=off nowatchdog no_timer_check "
-    "random.trust_cpu=on cryptomgr.notests"
-)
 DEAD = re.compile(
     rb"Kernel panic|\bBUG: (?!soft lockup|workqueue)|general protection fault|Oops:|host VM: no root disk"
 )
 PREFIX = "cpr-host-"
-MEMMAP, NVDIMM = "memmap", "nvdimm"
-DAX_MIB = 768
-NVME_ADDRESS, NIC_ADDRESS = "0000:00:10.0", "0000:00:11.0"
 
 
 class HostDied(Exception):
@@ -48,35 +42,6 @@ class HostDied(Exception):
 
 class CommandFailed(Exception):
     """A command in the host VM ended with something else than 0."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Which host. kernel: a key of ``kernels``. systemd: as process 1. memory: MiB.
-
-    dax: MEMMAP or NVDIMM for 768 MiB of persistent memory. devices: an NVMe and a NIC, each in an IOMMU group.
-    words: for the kernel's command line.
-    """
-
-    kernel: str = "6.12"
-    systemd: bool = False
-    memory: int = 3072
-    cpus: int = 2
-    dax: str = ""
-    devices: bool = False
-    words: tuple[str, ...] = ()
-
-    def append(self) -> str:
-        """The kernel's command line."""
-        init = "/sbin/init" if self.systemd else "/sbin/init.small"
-        words = [APPEND, f"init={init}", f"cpr.lab={cache.root()}", f"cpr.site={image.SITE}", *self.words]
-        words += {MEMMAP: [f"memmap={DAX_MIB}M!1G"], NVDIMM: ["cpr.nvdimm"]}.get(self.dax, [])
-        words += ["intel_iommu=on"] if self.devices else []
-        return " ".join(words)
-
-
-SMALL = Machine()
-SYSTEMD = Machine(systemd=True)
 
 
 @dataclass(frozen=True)
@@ -271,34 +236,10 @@ class Host:
 
     def command(self) -> list[str]:
         """The outer QEMU's command line."""
-        machine = self.machine
         kernel, initrd = self.disks.kernel(self._kernel)
-        memory = f"{machine.memory}M" + (",slots=2,maxmem=8G" if machine.dax == NVDIMM else "")
-        words = f"-machine q35{',nvdimm=on' if machine.dax == NVDIMM else ''} -accel tcg,thread=multi -cpu max"
-        words += f" -smp {machine.cpus} -m {memory} -nodefaults -no-user-config -display none -no-reboot"
-        if machine.devices:  # the IOMMU before what is behind it
-            words += " -device intel-iommu,intremap=on,caching-mode=on"
-        read_only = "format=raw,readonly=on,file.locking=off"
-        for name, file, how in (
-            ("root", self.directory / "root.qcow2", "format=qcow2"),
-            ("lab", self.disks.lab, read_only),
-            ("site", self.disks.site, read_only),
-        ):
-            words += f" -drive if=none,id={name},file={file},cache=unsafe,{how}"
-            words += f" -device virtio-blk-pci,drive={name}"
-        words += f" -chardev file,id=serial,path={self.serial},append=on -serial chardev:serial"
-        words += " -chardev stdio,id=shell,signal=off -serial chardev:shell" if self._terminal else ""
-        words += f" -device virtio-serial-pci -chardev socket,id=agent,path={self.directory}/agent,server=on,wait=off"
-        words += " -device virtserialport,chardev=agent,name=org.qemu.guest_agent.0"
-        if machine.dax == NVDIMM:
-            nvdimm = f"mem-path={self.directory}/nvdimm,size={DAX_MIB}M,share=on"
-            words += f" -object memory-backend-file,id=nvdimm,{nvdimm} -device nvdimm,memdev=nvdimm,id=nvdimm0"
-        if machine.devices:
-            words += f" -drive if=none,id=nvme,file={self.directory}/nvme,format=raw"
-            words += f" -device nvme,drive=nvme,serial=lab1,addr={NVME_ADDRESS[8:10]}.0"
-            words += f" -netdev user,id=nic,restrict=on -device e1000e,netdev=nic,addr={NIC_ADDRESS[8:10]}.0"
-        append = machine.append() + (" cpr.shell" if self._terminal else "")
-        return [*self.build.command, *words.split(), "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
+        words = [*self.machine.arguments(self.disks, self.directory), *port(self.serial, terminal=self._terminal)]
+        append = self.machine.append() + (" cpr.shell" if self._terminal else "")
+        return [*self.build.command, *words, "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
 
     def _make_disks(self) -> None:
         backing = ["-b", str(self.disks.root), "-F", "raw"]
