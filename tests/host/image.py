@@ -32,7 +32,7 @@ from tests.lab.cpio import Archive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RECIPE = "1"
+RECIPE = "2"  # a change of this module that its tables do not show
 SUITE = "trixie"
 PACKAGES = (
     *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "e2fsprogs", "findutils", "gawk", "grep"),
@@ -107,7 +107,7 @@ def build_root(available: Sequence[kernels.Kernel], workspace: cache.Workspace) 
         shutil.rmtree(tree / name, ignore_errors=True)
     (tree / "usr" / "lib" / "modprobe.d" / "nvdimm-security.conf").unlink(missing_ok=True)  # runs ndctl for each module
     (tree / "etc" / "modprobe.d" / "nvdimm-security.conf").unlink(missing_ok=True)
-    for name in ("dev", "proc", "sys", "run", "tmp", "state", "home/guest", "root", SITE.lstrip("/")):
+    for name in ("dev", "mnt", "proc", "sys", "run", "tmp", "state", "home/guest", "root", SITE.lstrip("/")):
         (tree / name).mkdir(parents=True, exist_ok=True)
     (tree / "root").chmod(0o755)  # the lab may be below, and guests of other users look there
     (tree / "tmp").chmod(0o1777)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,14 +16,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hostfull
 
+NUMBER = itertools.count()
 LIKENESSES = {
     "another uid": Likeness(uid=2000),
     "mount namespace": Likeness(mounts=True),
     "cgroup": Likeness(memory_max="600M", cpu_max="'150000 100000'"),
     "vhost-net": Likeness(vhost=True),
-    "all": Likeness(
-        uid=2000, mounts=True, memory_max="600M", cpu_max="'150000 100000'", vhost=True, oom=-500
-    ),
+    "all": Likeness(uid=2000, mounts=True, memory_max="600M", cpu_max="'150000 100000'", vhost=True, oom=-500),
 }
 
 
@@ -31,7 +31,7 @@ LIKENESSES = {
 @pytest.mark.parametrize("yama", [0, 1])
 def test_new_process_is_like_the_old(host: Host, likeness: Likeness, yama: int) -> None:
     host.sh(f"echo {yama} > /proc/sys/kernel/yama/ptrace_scope")
-    name = f"g{abs(hash((likeness, yama))) % 10000}"
+    name = f"like{next(NUMBER)}"
     guest = guests.start(host, "7.2", name=name, likeness=likeness)
     try:
         before = guest.properties()
