@@ -26,7 +26,7 @@ LIKENESSES = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("likeness", LIKENESSES.values(), ids=LIKENESSES)
 @pytest.mark.parametrize("yama", [0, 1])
 def test_new_process_is_like_the_old(host: Host, likeness: Likeness, yama: int) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.hostfull
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_unit_is_refused_and_untouched(systemd_host: Host) -> None:
     host = systemd_host
     guest = guests.start(host, "7.2", name="unit1", unit=True)
@@ -34,7 +34,7 @@ def test_unit_is_refused_and_untouched(systemd_host: Host) -> None:
         host.run("systemctl stop unit1.service")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_bare_guest_beside_it_goes_over(systemd_host: Host) -> None:
     guest = guests.start(systemd_host, "7.2", name="bare1")
     try:

@@ -216,7 +216,7 @@ class Host:
             raise CommandFailed(f"{path}: {ended.err.decode(errors='replace')}")
         return ended.out
 
-    def cpr(self, *words: object, seconds: float = 120) -> Said:
+    def cpr(self, *words: object, seconds: float = 400) -> Said:
         """Call cpr in it as a user would."""
         return self.run("exec cpr " + shlex.join(map(str, words)), seconds)
 
