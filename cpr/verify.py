@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from cpr.model import Guest
     from cpr.qemu.qmp import Monitor
 
+RAISED = frozenset({"RLIMIT_NOFILE"})
+"""Soft limits that a QEMU raises to the hard limit when it starts (os_setup_limits in os-posix.c, since 9.0)."""
+
 SAME: dict[str, Callable[[Guest], object]] = {
     "name": lambda g: g.name,
     "uuid": lambda g: g.uuid,
@@ -34,7 +37,7 @@ SAME: dict[str, Callable[[Guest], object]] = {
     "user": lambda g: g.uid,
     "namespaces": lambda g: sorted(g.namespaces),
     "cgroups": lambda g: sorted(g.cgroups),
-    "limits": lambda g: sorted(g.limits.items()),
+    "limits": lambda g: sorted((name, limit[1:] if name in RAISED else limit) for name, limit in g.limits.items()),
     "working directory": lambda g: g.cwd,
     "migration capabilities": lambda g: sorted(name for name, on in g.capabilities if on),
     "pid file": lambda g: g.pidfile,

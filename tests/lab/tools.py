@@ -12,7 +12,7 @@ from tests.lab import cache, debian
 # What must be installed on the machine for all of the lab, and a program by which each is recognized.
 HOST_PACKAGES = (("apt", "apt-get"), ("dpkg", "dpkg-deb"))
 
-PACKAGE_OF = {"as": "binutils", "ip": "iproute2", "ld": "binutils", "patchelf": "patchelf"}
+PACKAGE_OF = {"as": "binutils", "ip": "iproute2", "ld": "binutils", "mke2fs": "e2fsprogs", "patchelf": "patchelf"}
 
 
 def missing_packages() -> tuple[str, ...]:
@@ -33,7 +33,8 @@ def command(program: str) -> tuple[str, ...]:
     usr = unpacked(PACKAGE_OF[program]) / "usr"
     libraries = usr / "lib" / "x86_64-linux-gnu"
     loader = (str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries))
-    return (*loader, str(usr / "bin" / program))
+    directory = next(name for name in ("bin", "sbin") if (usr / name / program).exists())
+    return (*loader, str(usr / directory / program))
 
 
 def unpacked(package: str) -> Path:

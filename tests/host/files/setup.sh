@@ -1,0 +1,13 @@
+#!/bin/sh
+# What both variants of the host VM do first: modules, and the read-only disks where cpr.lab= and cpr.site= say.
+modprobe -qa kvm_amd tun vhost_net
+for word in $(cat /proc/cmdline); do
+    case $word in
+    cpr.lab=*) mkdir -p "${word#cpr.lab=}" && mount -t ext4 -o ro,noatime /dev/vdb "${word#cpr.lab=}" ;;
+    cpr.site=*) mkdir -p "${word#cpr.site=}" && mount -t ext4 -o ro,noatime /dev/vdc "${word#cpr.site=}" ;;
+    memmap=* | cpr.nvdimm) modprobe -qa nd_e820 nfit nd_pmem dax_pmem device_dax ;;
+    esac
+done
+ip link set lo up
+chmod 666 /dev/kvm /dev/vhost-net /dev/net/tun 2> /dev/null
+exit 0

@@ -1,0 +1,177 @@
+"""Move guests under nested KVM from one QEMU to the next, and note what they and their users saw.
+
+The guest counts, its RAM (the counting guest) or its disk, its TCP stream and its clock (the Linux guest) are watched
+all the while.  Two QEMUs make a round; with ``--back`` the next round takes the same guest the other way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tests.lab import qemu, tap
+from tests.lab.linux import LinuxLog
+from tests.lab.start import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.lab.counting import CountingLog
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Guest
+
+START_SECONDS = 90.0
+HZ = 25  # each byte on the console is an exit of the nested guest, and dear
+
+
+def note(text: str) -> None:
+    """Say how far it has come, for somebody who waits in vain."""
+    print(f"{time.monotonic():.1f} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old")
+    parser.add_argument("new")
+    parser.add_argument("--guest", choices=("counting", "linux"), default="counting")
+    parser.add_argument("--memory", default="256M")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--accel", default="kvm")
+    parser.add_argument("--back", action="store_true")
+    options = parser.parse_args()
+    builds = qemu.obtain(options.old), qemu.obtain(options.new)
+    document: dict[str, Any] = {"versions": [build.version for build in builds], "starts": [], "rounds": []}
+    while len(document["rounds"]) < options.rounds:
+        with started(builds[0], options.guest, options.memory, options.accel) as subject:
+            document["starts"].append(subject.seconds)
+            note(f"counts after {subject.seconds:.1f} s")
+            route = [builds[1], builds[0]] * options.rounds if options.back else [builds[1]]
+            for target in route[: options.rounds - len(document["rounds"])]:
+                document["rounds"].append(subject.move(target))
+    json.dump(document, sys.stdout)
+    return 0
+
+
+class Subject:
+    """A guest and its users.  seconds: from the start of its QEMU until it counted."""
+
+    def __init__(self, lab: Lab, guest: Guest[Any], seconds: float, stream: tap.Stream | None) -> None:
+        self.lab = lab
+        self.guest = guest
+        self.seconds = seconds
+        self.stream = stream
+        self.pid = guest.pid
+
+    def move(self, target: QemuBuild) -> dict[str, Any]:
+        """Update it, wait until it has shown that it is well, and say what was seen."""
+        log = self.guest.log
+        log.wait_ticks(20, 30)
+        if isinstance(log, LinuxLog):
+            blocks = log.disk_ok
+            log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
+        before = clock(log)
+        note("update")
+        began = time.monotonic()
+        words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
+        command = [sys.executable, "-m", "cpr", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - began
+        if not done.stdout.startswith("{"):
+            return {"status": "no answer", "code": done.returncode, "err": done.stderr[-3000:]}
+        (answer,) = json.loads(done.stdout)["guests"]
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            self.lab.adopt(answer["pid_after"])
+        self.pid = answer["pid_after"] or self.pid
+        note(f"{answer['status']} after {seconds:.1f} s")
+        problems = self._after()
+        note("watched")
+        return {
+            "status": answer["status"],
+            "code": done.returncode,
+            "blackout": answer.get("blackout_seconds"),
+            "seconds": seconds,
+            "silence": log.largest_gap(began),
+            "clock": drift(before, clock(log)),
+            "problems": problems,
+            "stream": None if self.stream is None else self.stream.received,
+            "error": answer.get("error"),
+            "findings": [finding["message"] for finding in answer.get("findings", [])],
+        }
+
+    def _after(self) -> list[str]:
+        log = self.guest.log
+        problems: list[str] = []
+        try:
+            log.wait_ticks(50, 60)
+            if isinstance(log, LinuxLog):
+                blocks = log.disk_ok
+                log.wait(lambda: log.disk_ok >= blocks + 20, 60, "no blocks written and verified")
+            else:
+                self.guest.console.send(b"D")
+                log.wait_rounds(2, 120)
+                self.guest.console.send(b"I")
+            self.guest.console.send(b"x\n")
+            log.wait(lambda: log.echoed, 10, "the console does not answer")
+            if self.stream is not None:
+                self.stream.wait_arrivals(20)
+        except (TimeoutError, OSError, ValueError) as error:
+            problems.append(str(error))
+        if self.stream is not None and not self.stream.sound:
+            problems.append(f"TCP stream: {self.stream.error}")
+        return [*problems, *log.problems()]
+
+
+def clock(log: CountingLog | LinuxLog) -> tuple[float, float] | None:
+    """(guest's uptime, our time when it was said), of the least delayed of the last lines; None if it has no clock."""
+    if not isinstance(log, LinuxLog):
+        return None
+    with log.changed:
+        tick = min(log.ticks[-20:], key=lambda tick: tick.arrived - tick.uptime)
+    return tick.uptime, tick.arrived
+
+
+def drift(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """By how much the guest's clock fell behind ours, in seconds."""
+    if before is None or after is None:
+        return None
+    return (after[1] - before[1]) - (after[0] - before[0])
+
+
+@contextlib.contextmanager
+def started(build: QemuBuild, kind: str, memory: str, accel: str) -> Iterator[Subject]:
+    """A guest that counts, with its RAM in a file of tmpfs, which every QEMU leaves out of the stream."""
+    with contextlib.ExitStack() as stack:
+        lab = stack.enter_context(Lab())
+        ram = f"memory-backend-file,share=on,mem-path={lab.directory}/ram"
+        began = time.monotonic()
+        if kind == "counting":
+            guest: Guest[Any] = lab.counting(
+                build, memory=memory, accel=accel, backend=ram, hz=HZ, seconds=START_SECONDS
+            )
+            yield Subject(lab, guest, time.monotonic() - began, None)
+            return
+        network = stack.enter_context(tap.Tap())
+        image = lab.directory / "disk"
+        with image.open("wb") as file:
+            file.truncate(64 << 20)
+        guest = lab.linux(
+            build,
+            *("-drive", f"file={image},format=raw,if=virtio", *network.arguments()),
+            memory=memory,
+            accel=accel,
+            backend=ram,
+            words=[network.guest_word],
+            seconds=START_SECONDS,
+        )
+        seconds = time.monotonic() - began
+        yield Subject(lab, guest, seconds, stack.enter_context(tap.Stream(network.guest)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""A guest as a systemd unit: handover would end the unit, so it is refused and the guest is left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.host import guests
+from tests.lab import qemu
+
+if TYPE_CHECKING:
+    from tests.host.vm import Host
+
+pytestmark = pytest.mark.hostfull
+
+
+@pytest.mark.timeout(900)
+def test_unit_is_refused_and_untouched(systemd_host: Host) -> None:
+    host = systemd_host
+    guest = guests.start(host, "7.2", name="unit1", unit=True)
+    try:
+        before = guest.properties()
+        said = host.cpr("update", "--restart", "unit1", "--qemu", qemu.obtain("11.1.a").binary, "-y", "--json")
+        assert said.code == 3, said
+        (answer,) = said.json["guests"]
+        assert "supervised" in [finding["check"] for finding in answer["findings"]], said
+        assert guest.properties() == before
+        assert host.sh("systemctl is-active unit1.service").strip() == "active"
+        assert int(host.sh("systemctl show -P MainPID unit1.service")) == guest.pid
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+    finally:
+        host.run("systemctl stop unit1.service")
+
+
+@pytest.mark.timeout(900)
+def test_bare_guest_beside_it_goes_over(systemd_host: Host) -> None:
+    guest = guests.start(systemd_host, "7.2", name="bare1")
+    try:
+        said = systemd_host.cpr("update", "--restart", "bare1", "--qemu", qemu.obtain("11.1.a").binary, "-y", "--json")
+        assert said.code == 0, said
+        guest.pid = said.json["guests"][0]["pid_after"]
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+    finally:
+        guest.end()

@@ -1,0 +1,84 @@
+"""`cpr update --restart` in the host VM: nested KVM, from QEMU to QEMU, and what the guest and its users saw of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.host.conftest import Hosts
+    from tests.host.vm import Host
+
+CLOCK_SLACK = 0.25
+"""How much worse than the blackout the guest's clock may look from outside, in seconds: lines come late under TCG."""
+PAIRS = [("7.2", "11.1.a", False), ("11.1.a", "11.1.b", True)]
+TIMES = 10
+
+
+def judge(round_: dict[str, Any]) -> None:
+    """Assert that a guest was moved and that nobody lost anything."""
+    told = json.dumps(round_, indent=1)
+    assert round_["status"] == "updated", told
+    assert round_["code"] == 0, told
+    assert round_["problems"] == [], told
+    if round_["clock"] is not None:
+        # QEMU stops the guest's clock with its vCPUs, so it falls behind by the blackout and by nothing else
+        assert -CLOCK_SLACK <= round_["clock"] <= round_["blackout"] + CLOCK_SLACK, told
+
+
+def line(what: str, document: dict[str, Any]) -> str:
+    """A line of the blackout table."""
+    rounds = document["rounds"]
+    blackouts = sorted(round_["blackout"] * 1000 for round_ in rounds)
+    clocks = [abs(round_["clock"]) * 1000 for round_ in rounds if round_["clock"] is not None]
+    middle = blackouts[len(blackouts) // 2]
+    clock = f", clock off by at most {max(clocks):.0f} ms" if clocks else ""
+    start = max(document["starts"])
+    versions = " -> ".join(document["versions"])
+    return (
+        f"{what}: {versions}, {len(rounds)} times: blackout {blackouts[0]:.0f} / {middle:.0f} / {blackouts[-1]:.0f} ms "
+        f"(least, median, most){clock}; guest up in {start:.1f} s at most"
+    )
+
+
+@pytest.mark.timeout(900)
+def test_smoke(host: Host, hosts: Hosts) -> None:
+    document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=600)
+    for round_ in document["rounds"]:
+        judge(round_)
+    hosts.lines.append(line("nested KVM, counting guest, 128M", document))
+
+
+@pytest.mark.hostfull
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("memory", ["256M", "1G"])
+@pytest.mark.parametrize("guest", ["counting", "linux"])
+@pytest.mark.parametrize(("old", "new", "back"), PAIRS, ids=str)
+def test_ten_times(host: Host, hosts: Hosts, old: str, new: str, back: bool, guest: str, memory: str) -> None:
+    words = ["--guest", guest, "--memory", memory, "--rounds", TIMES, *(["--back"] if back else [])]
+    document = host.inside("moves", old, new, *words, seconds=1700)
+    hosts.lines.append(line(f"nested KVM, {guest} guest, {memory}", document))
+    assert len(document["rounds"]) == TIMES
+    for round_ in document["rounds"]:
+        judge(round_)
+
+
+@pytest.mark.hostfull
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("memory", ["256M", "1G"])
+@pytest.mark.parametrize(("old", "new", "back"), PAIRS, ids=str)
+def test_beside_tcg(hosts: Hosts, old: str, new: str, back: bool, memory: str) -> None:
+    """The same on this machine, under TCG, for the table."""
+    hosts.end()  # it would take a processor
+    words = ["--accel", "tcg", "--memory", memory, "--rounds", str(TIMES), *(["--back"] if back else [])]
+    command = [sys.executable, "-m", "tests.host.inside.moves", old, new, *words]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, env=os.environ)
+    document = json.loads(done.stdout)
+    hosts.lines.append(line(f"TCG on this machine, counting guest, {memory}", document))
+    for round_ in document["rounds"]:
+        judge(round_)
