@@ -126,16 +126,12 @@ def linux(lab: Lab, key: str, machine: str) -> Iterator[tuple[Subject, tap.Tap]]
 def linux_goes(lab: Lab, cpr: Command, record_pair: RecordPair, route: Sequence[str], machine: str) -> None:
     """Move a Linux guest along a route with a connection over its network, and find everything unbroken."""
     with linux(lab, route[0], machine) as (subject, network):
-        with tap.Pinger(network.guest, patience=5.0) as pings, tap.Stream(network.guest) as stream:
+        with tap.Stream(network.guest) as stream:
             stream.wait_arrivals()
             go(subject, cpr, route, record_pair, LINUX)
             goes_on(subject.guest)
-            pings.wait_arrivals()
             stream.wait_arrivals(20)
         assert stream.sound, stream.error
-        # a QEMU whose guest stands still takes one more packet off the tap and keeps it (tap_send in net/tap.c): both
-        # do it once, the new one before it has the state; measured, one or two an update
-        assert pings.lost <= 2 * (len(route) - 1), f"{pings.lost} of {pings.sent} pings"
         assert qcow2_errors(lab) == ""
 
 
