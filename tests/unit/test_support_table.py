@@ -19,11 +19,11 @@ def build(version: str) -> QemuBuild:
 
 
 def move(old: str, new: str, *, guest: str = "counting", **outcome: Any) -> Move:
-    known = {"status": "updated", "findings": [], "error": None, "blackout_seconds": 0.005}
+    known: dict[str, Any] = {"status": "updated", "findings": [], "error": None, "blackout_seconds": 0.005}
     return Move.of(build(old), build(old), build(new), {**known, **outcome}, machine="pc-q35-7.2", guest=guest)
 
 
-REFUSED = {"status": "rolled_back", "error": 'step: did not take it: "qemu-system-x86_64: VQ 0 is odd"'}
+REFUSED: dict[str, Any] = {"status": "rolled_back", "error": 'step: did not take it: "qemu-system-x86_64: VQ 0 is odd"'}
 
 
 def rows(text: str) -> list[str]:
