@@ -123,6 +123,11 @@ class _TryAgain(Exception):
         )
 
 
+def _moved(record: Record) -> bool:
+    """Whether the state was about to be sent: from there on the guest may stand still because of us."""
+    return any(step.get("id") == "MoveState" and i in record.steps for i, step in enumerate(record.header["steps"]))
+
+
 def _trusted(record: Record) -> bool:
     """Anybody may put a file there: root acts on its own journals, and on users' for their own guests."""
     owner = os.stat(record.path, follow_symlinks=False).st_uid
@@ -150,7 +155,8 @@ def _back(record: Record) -> Outcome:
     guest = record.header["guest"]
     try:
         with _monitor(record, record.pid) as monitor:
-            status = resume_old(monitor, guest["runstate"])
+            # where the state was not sent we did not stop it; whoever has had a reason
+            status = resume_old(monitor, guest["runstate"]) if _moved(record) else guest["runstate"]
             migration.restore(monitor, guest["capabilities"], guest["parameters"])
             set_discard(monitor, guest["discarding"], on=True)
             with contextlib.suppress(CommandFailed):

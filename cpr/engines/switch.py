@@ -172,6 +172,8 @@ class MoveState(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        if "seen_old" not in run.extra:
+            return  # nothing was sent; whoever has stopped the guest meanwhile had a reason
         status = resume_old(run.monitor, self.guest.runstate)
         if self.guest.running and status != Runstate.RUNNING:
             raise StepFailed("undo", f"the old QEMU is {status} and does not go on", hint="cpr recover tries again")
