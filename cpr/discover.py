@@ -131,8 +131,9 @@ def _only_tells(command: cl.CommandLine) -> bool:
 def is_waiting_parent(entry: ProcessEntry) -> bool:
     """With -daemonize the first process waits until the guest is up (os-posix.c os_daemonize).
 
-    The one that stays has gone through setsid and a second fork: the leader of its session is gone, and the kernel
-    gives the leader's pid to nobody as long as the session exists.
+    The one that stays has gone through setsid and a second fork: it is alone in its session, whose leader is gone (the
+    kernel gives that pid to nobody else as long as the session exists). The one that waits is in the session of whoever
+    started it; 0 is a session from outside our pid namespace.
     """
     try:
         if not cl.CommandLine.parse(entry.argv).has("daemonize"):
@@ -140,9 +141,18 @@ def is_waiting_parent(entry: ProcessEntry) -> bool:
     except cl.CommandLineError:
         return False
     try:
-        return os.path.exists(f"/proc/{os.getsid(entry.pid)}")
+        session = os.getsid(entry.pid)
+        return session == 0 or os.path.exists(f"/proc/{session}") or _session(entry.ppid) == session
     except OSError:
         return False
+
+
+def _session(pid: int) -> int:
+    """0: it is gone, or outside our pid namespace."""
+    try:
+        return os.getsid(pid) if pid else 0
+    except OSError:
+        return 0
 
 
 def environ_of(pid: int) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from cpr import discover, supervisors
 from cpr import survey_files as files
 from cpr.errors import GuestVanished, MonitorError, MonitorHeld
-from cpr.linux import proc
+from cpr.linux import proc, procfile
 from cpr.linux.fds import descriptor_table
 from cpr.model import Binary, Candidate, Chardev, Guest, MonitorAddress, RamBlock, Vcpu
 from cpr.qemu import block, chardevs, clients, cpu, descriptors, devices, memory, network, qmp, sockets
@@ -273,7 +273,7 @@ class _Survey:
 
     def ram(self, answers: Answers, table: Sequence[OpenDescriptor]) -> tuple[RamBlock, ...]:
         maps = self.readable("maps", lambda: proc.read_maps(self.pid), [])
-        mountinfo = self.readable("mountinfo", lambda: _read(f"/proc/{self.pid}/mountinfo"), "")
+        mountinfo = self.readable("mountinfo", lambda: procfile.mountinfo(self.pid), "")
         ids = None
         if self.command is not None:
             ids = {b.id for b in cl.memory_backends(self.command)}
@@ -282,14 +282,6 @@ class _Survey:
     def binary(self, answers: Answers) -> Binary:
         version, package = answers.read("query-version", parse_version, ("", ""))
         return replace(self.candidate.binary, version=version or None, package=package)
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, errors="surrogateescape") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise ProcessLookupError(path) from None
 
 
 def thread_ids(pid: int) -> dict[int, int]:

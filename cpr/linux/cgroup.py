@@ -105,7 +105,7 @@ def cgroup_dir(entry: Cgroup) -> str:
     Raises:
         FileNotFoundError: the hierarchy is not mounted here.
     """
-    directory = locate(entry, parse_cgroup_mounts(procfile.read_text(os.getpid(), "mountinfo")))
+    directory = locate(entry, parse_cgroup_mounts(procfile.mountinfo(os.getpid())))
     if directory is None:
         which = ",".join(entry.controllers) or "v2"
         raise FileNotFoundError(2, f"the cgroup hierarchy {which} is not mounted here", entry.path)
@@ -151,7 +151,7 @@ def _ancestors(entry: Cgroup, mounts: list[CgroupMount]) -> Iterator[str]:
 
 
 def _room(pid: int, controller: str, room: Callable[[str, bool], int | None]) -> int | None:
-    mounts = parse_cgroup_mounts(procfile.read_text(os.getpid(), "mountinfo"))
+    mounts = parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
     rooms = [
         left
         for entry in cgroups(pid)

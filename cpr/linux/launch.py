@@ -177,7 +177,7 @@ def _lives(likeness: Likeness) -> bool:
 def _cgroup_directories(likeness: Likeness) -> list[str]:
     """Those that we are not in already."""
     ours = {(c.controllers, c.unified): c.path for c in proc.cgroups(os.getpid())}
-    mounts = cgroup.parse_cgroup_mounts(procfile.read_text(os.getpid(), "mountinfo"))
+    mounts = cgroup.parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
     directories = []
     for entry in likeness.cgroups:
         if ours.get((entry.controllers, entry.unified)) == entry.path:

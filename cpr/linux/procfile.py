@@ -1,7 +1,7 @@
 """Reading one file of /proc/PID, with one answer for a process that vanished: ProcessLookupError.
 
-/proc itself has four: ENOENT when opened too late, ESRCH when read too late, EACCES from ns/ (proc_ns_get_link), and an
-empty file from a zombie.
+/proc itself has five: ENOENT when opened too late, ESRCH when read too late, EACCES from ns/ (proc_ns_get_link), EINVAL
+from mountinfo, and an empty file from a zombie.
 ENOENT of a file that a living process does not have (attr/current without a security module, exe of a kernel
 thread) stays FileNotFoundError.
 
@@ -48,6 +48,20 @@ def read_bytes(pid: int, name: str) -> bytes:
 def read_text(pid: int, name: str) -> str:
     """As `read_bytes`, decoded as file names are: odd bytes become surrogates."""
     return os.fsdecode(read_bytes(pid, name))
+
+
+def mountinfo(pid: int) -> str:
+    """/proc/PID/mountinfo, which has an answer of its own for a process that is exiting (mounts_open_common: EINVAL).
+
+    Raises:
+        ProcessLookupError, PermissionError.
+    """
+    try:
+        return read_text(pid, "mountinfo")
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise gone(pid) from None
+        raise
 
 
 def read_link(pid: int, name: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,12 +32,13 @@ def entry(
     comm: str = "qemu-system-x86",
     pid: int = 100,
     start_time: int = 1000,
+    ppid: int = 1,
     zombie: bool = False,
 ) -> ProcessEntry:
     return ProcessEntry(
         pid=pid,
         start_time=start_time,
-        ppid=1,
+        ppid=ppid,
         exe=exe,
         argv=argv or ("qemu-system-x86_64",),
         comm=comm,
@@ -81,11 +85,28 @@ def test_an_option_that_nobody_knows_does_not_hide_a_guest() -> None:
     assert discover.is_qemu(entry("qemu-system-x86_64", "-vendor-option", "-name", "a"))
 
 
-def test_waiting_parents_have_a_session_leader() -> None:
-    """This process's session leader lives (or it is in none that we see); a daemon's is gone."""
-    ours = entry("qemu-system-x86_64", "-daemonize", pid=os.getpid())
-    assert discover.is_waiting_parent(ours) is os.path.exists(f"/proc/{os.getsid(0)}")
-    assert not discover.is_waiting_parent(entry("qemu-system-x86_64", pid=os.getpid()))
+def test_waiting_parents() -> None:
+    """The one that waits is in its starter's session, also where nobody leads that; a daemon is alone in its own."""
+    ours = entry("qemu-system-x86_64", "-daemonize", pid=os.getpid(), ppid=os.getppid())
+    assert discover.is_waiting_parent(ours)
+    assert not discover.is_waiting_parent(dataclasses.replace(ours, argv=("qemu-system-x86_64",)))
+    words = "sleep 60 & echo $$ $!; wait"
+    leader = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S607
+    assert leader.stdout is not None
+    shell, child = map(int, leader.stdout.readline().split())
+    try:
+        member = entry("qemu-system-x86_64", "-daemonize", pid=child, ppid=shell)
+        assert discover.is_waiting_parent(member)
+        leader.kill()
+        leader.wait()
+        daemon = entry("qemu-system-x86_64", "-daemonize", pid=child, ppid=1)
+        assert not discover.is_waiting_parent(daemon)
+        assert discover.is_waiting_parent(dataclasses.replace(daemon, ppid=child))  # a parent of the same session
+    finally:
+        leader.kill()
+        leader.wait()
+        os.kill(child, signal.SIGKILL)
+        leader.stdout.close()
 
 
 def test_uncommitted() -> None:
