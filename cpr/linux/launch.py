@@ -161,6 +161,7 @@ def _spec(
         "ioprio": likeness.ioprio,
         "limits": {name: list(values) for name, values in likeness.limits.items()},
         "no_new_privs": likeness.no_new_privs,
+        "ignored": likeness.ignored,
     }
     return spec, numbers
 

@@ -103,7 +103,7 @@ class Launcher:
         self.step("executable", self.check_executable)
         for name, (soft, _) in spec["limits"].items():
             self.step(name, set_soft_limit, name, soft)
-        reset_signals()
+        reset_signals(spec["ignored"])
         if spec["ends_with_us"] and not self.forked:
             self.step("parent", sc.prctl, sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         self.say({"unmet": self.unmet})  # who asked for it has died: EPIPE, and nothing is executed
@@ -305,12 +305,12 @@ def write(path: str, data: bytes, *, dir_fd: int | None = None) -> None:
         raise OSError(error.errno, error.strerror, path) from None
 
 
-def reset_signals() -> None:
-    """What Python, and our caller's caller, ignore or block would be inherited."""
+def reset_signals(ignored: int) -> None:
+    """What Python, and our caller's caller, ignore or block would be inherited; what is to be ignored is a mask."""
     for number in signal.valid_signals():
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             try:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, signal.SIG_IGN if ignored >> (number - 1) & 1 else signal.SIG_DFL)
             except (OSError, ValueError):
                 pass
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -170,9 +170,10 @@ def _same(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def _write(fd: int, record: Mapping[str, Any]) -> None:
+    """Who holds it, as far as there is room: it is held all the same."""
     data = json.dumps(record).encode() + b"\n"
-    os.pwrite(fd, data, 0)
-    os.ftruncate(fd, len(data))
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, os.pwrite(fd, data, 0))
 
 
 def _read(fd: int) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class Likeness:
     session: int
     tty: int
     """Device number of the controlling terminal, 0 for none. A new process has its own session and none."""
+    ignored: int = 0
+    """Mask of ignored signals, bit n-1 for signal n: an exec keeps them."""
     securebits: int | None = None
     """None: not known, and what the caller has is inherited."""
 
@@ -111,6 +113,7 @@ def likeness_of(pid: int) -> Likeness:
         security_label=proc.security_label(pid),
         session=stat.session,
         tty=stat.tty,
+        ignored=status.ignored,
     )
     if proc.process_start_time(pid) != stat.start_time:
         raise procfile.gone(pid)

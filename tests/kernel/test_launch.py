@@ -291,16 +291,17 @@ def test_oom_score_adj() -> None:
 
 
 def test_signals_are_as_a_program_expects_them() -> None:
-    """Whatever we ignore or block, and what Python does: the new program begins with neither."""
+    """Whatever we ignore or block, and what Python does: the new program begins as its likeness."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        with started(me()) as new:
-            with open(f"/proc/{new.pid}/status") as file:
-                lines = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-            beyond = (1 << 31) - 1  # 32 and 33 are libc's own; whoever started us may ignore those
-            assert int(lines["SigIgn"], 16) & beyond == 0
-            assert int(lines["SigBlk"], 16) == 0
+        for ignored in (0, 1 << (signal.SIGQUIT - 1) | 1 << (signal.SIGTSTP - 1)):
+            with started(dataclasses.replace(me(), ignored=ignored)) as new:
+                with open(f"/proc/{new.pid}/status") as file:
+                    lines = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+                beyond = (1 << 31) - 1  # 32 and 33 are libc's own; whoever started us may ignore those
+                assert int(lines["SigIgn"], 16) & beyond == ignored
+                assert int(lines["SigBlk"], 16) == 0
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         signal.signal(signal.SIGHUP, before)
