@@ -310,10 +310,14 @@ def counted(
     prefix: Sequence[str] = (),
     environment: dict[str, str] | None = None,
     pass_fds: Sequence[int] = (),
+    bound: str = "",
+    pidfile: Path | None = None,
+    running: bool = True,
 ) -> Any:
-    """Start the counting guest with our wire for its console; `Counted`, once it counts.
+    """Start the counting guest with our wire for its console; `Counted`, once it counts (if it is `running`).
 
-    `words` replaces the command line's options, `prefix` comes before the program (setpriv, unshare, ...).
+    `words` replaces the command line's options, `prefix` comes before the program (setpriv, unshare, ...). `bound` is
+    the name of the console as QEMU was given it; `pidfile` says who the guest is where it becomes a daemon.
     """
     name = name or unique(lab)
     address = console if console is not None else lab.directory / f"{name}.con"
@@ -328,11 +332,17 @@ def counted(
         *extra,
     ]
     process = lab.start(command, name=name, environment=environment, pass_fds=pass_fds)
+    if pidfile is not None:
+        until(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"))
+        assert process.wait(20)
+        process = lab.adopt(int(pidfile.read_text()))
     log = CountingLog()
-    until(lambda: not process.alive or listens(address))
+    there = Path(bound) if bound else address
+    until(lambda: not process.alive or listens(there, process.pid))
     assert process.alive, (lab.directory / f"{name}.log").read_text()
     with Wire(address, log) as wire:
-        log.wait(lambda: log.ticks, 30, "it does not count")
+        if running:
+            log.wait(lambda: log.ticks, 30, "it does not count")
         yield Counted(name, process, wire, log, monitor)
 
 
@@ -346,12 +356,13 @@ def standard(name: str, memory: str, backend: str, console: Address, qmp: Path |
     ]
 
 
-def listens(address: Address) -> bool:
-    """Somebody listens there; told without connecting."""
+def listens(address: Address, pid: int | None = None) -> bool:
+    """Somebody (in the network namespace of `pid`) listens there; told without connecting."""
+    proc = f"/proc/{pid or 'self'}/net"
     if isinstance(address, Path):
-        with open("/proc/net/unix") as file:
+        with open(f"{proc}/unix") as file:
             return any(row.split()[-1:] == [str(address)] and row.split()[5] == "01" for row in file)
-    with open("/proc/net/tcp") as file:
+    with open(f"{proc}/tcp") as file:
         return any(row.split()[1].endswith(f":{address[1]:04X}") and row.split()[3] == "0A" for row in list(file)[1:])
 
 

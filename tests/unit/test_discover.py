@@ -91,7 +91,7 @@ def test_waiting_parents() -> None:
     assert discover.is_waiting_parent(ours)
     assert not discover.is_waiting_parent(dataclasses.replace(ours, argv=("qemu-system-x86_64",)))
     words = "sleep 60 & echo $$ $!; wait"
-    leader = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S607
+    leader = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert leader.stdout is not None
     shell, child = map(int, leader.stdout.readline().split())
     try:
