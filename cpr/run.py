@@ -51,7 +51,7 @@ class Bounds:
 class CommitRefused(CprError):
     """Nothing ran in the new QEMU, for certain: the one case in which the way back from the commit is still open.
 
-    It was dead before `cont` was sent, or answered it with an error.
+    It was dead or stopped before `cont` was sent, or answered it with an error.
     """
 
 

@@ -16,6 +16,7 @@ from cpr.errors import CommandFailed, CprError, MonitorError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.likeness import ThreadPlacement
 from cpr.qemu import migration
+from cpr.qemu.network import parse_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -140,10 +141,13 @@ def _place_threads(monitor: Monitor, threads: Mapping[str, ThreadPlacement]) -> 
 def hand_back(monitor: Monitor, commands: Iterable[str], since: float | None = None) -> tuple[list[str], list[str]]:
     """Open again what cannot be inherited: (for how long nobody listened, what failed), in words.
 
-    `since`: when the old QEMU was ended (time.monotonic).
+    `since`: when the old QEMU was ended (time.monotonic). A port that is open (whoever did this before us has died
+    meanwhile) stays as it is.
     """
     told, failed = [], []
     for command in commands:
+        if since is None and _is_open(monitor, command):
+            continue
         words = _try(monitor, command)
         if words:
             failed.append(f"{command}: {words}")
@@ -152,6 +156,15 @@ def hand_back(monitor: Monitor, commands: Iterable[str], since: float | None = N
         else:
             told.append(f"{command}: nobody listened for a while")
     return told, failed
+
+
+def _is_open(monitor: Monitor, command: str) -> bool:
+    """Whether the port of a hostfwd_add is forwarded now."""
+    name, _, rule = command.partition(" ")
+    if name != "hostfwd_add":
+        return False
+    printed = str(monitor.execute("human-monitor-command", command_line="info usernet"))
+    return rule.rpartition(" ")[2] in {rule for _, rule in parse_forwards(printed)}
 
 
 def _try(monitor: Monitor, command: str) -> str:

@@ -16,7 +16,7 @@ from cpr.engines import stream
 from cpr.engines.doors import go_on, open_doors, stop_accepting
 from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
-from cpr.linux import fds
+from cpr.linux import fds, proc
 from cpr.model import BlockChain, Chardev, Guest, Runstate, Step
 from cpr.qemu import block, clients, migration, qmp
 from cpr.run import CommitRefused, resume_old
@@ -333,7 +333,10 @@ class Decide(Step):
 
 
 def _still_there(run: Run) -> None:
-    """A new QEMU that died before it was told anything has run nothing: the way back is open."""
+    """A new QEMU that died or was stopped before it was told anything has run nothing: the way back is open."""
     assert run.new is not None
     if not run.new.alive():
         raise CommitRefused("the new QEMU ended before it was told to run")
+    with contextlib.suppress(ProcessLookupError):
+        if proc.read_status(run.new.pid).state in "Tt":
+            raise CommitRefused("the new QEMU was stopped (SIGSTOP, or a debugger) before it was told to run")

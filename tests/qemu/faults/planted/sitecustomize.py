@@ -69,6 +69,10 @@ def kill_new_and_go_on(order: dict[str, Any], run: Any, stage: socket.socket, pi
 
 def stop_new(order: dict[str, Any], run: Any, stage: socket.socket, pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
+    while True:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] in "Tt":
+                return
 
 
 def kill_keeper(order: dict[str, Any], run: Any, stage: socket.socket, pid: int) -> None:
