@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RESEND_SECONDS = 0.5
 STEP_SECONDS = 0.1
+HANGUP_SECONDS = 2.0
 
 _ids = itertools.count(os.getpid() << 20)
 
@@ -102,6 +103,7 @@ class Agent:
             answer = self._answer(end)
         except OSError as error:
             self.close()
+            self._see_why(end)
             raise AgentSilent(f"{command}: {error}") from error
         if answer is None:
             self._synced = False
@@ -109,6 +111,13 @@ class Agent:
         if "error" in answer:
             raise AgentError(f"{command}: {answer['error']}")
         return answer["return"]
+
+    def _see_why(self, end: float) -> None:
+        """A host VM that ends hangs up first; whoever waits shall hear that it has ended."""
+        end = min(end, time.monotonic() + HANGUP_SECONDS)
+        while time.monotonic() < end:
+            self._check()
+            time.sleep(STEP_SECONDS)
 
     def run(self, words: list[str], seconds: float, given: bytes = b"") -> Ended:
         """Run a program to its end.  Raises AgentSilent if it takes longer."""

@@ -41,12 +41,20 @@ def invoking_user() -> pwd.struct_passwd | None:
 
 
 def root() -> Path:
-    """The cache's directory; it may not exist yet."""
+    """The cache's directory; it may not exist yet.
+
+    Root's own is where other users can read it: guests run under other uids, and so do their QEMUs.
+    """
     if configured := os.environ.get("CPR_LAB_CACHE"):
         return Path(configured).absolute()
     user = invoking_user()
-    home = Path(user.pw_dir) if user else Path.home()
-    return home / ".cache" / "qemu-cpr" / "lab"
+    if configured := os.environ.get("XDG_CACHE_HOME"):
+        cache = Path(configured).absolute()
+    elif user is not None:
+        cache = Path(user.pw_dir) / ".cache"
+    else:
+        cache = Path("/var/cache") if os.geteuid() == 0 else Path.home() / ".cache"
+    return cache / "qemu-cpr" / "lab"
 
 
 def artifact(name: str, recipe: str, build: Callable[[Workspace], None]) -> Path:
