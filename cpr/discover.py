@@ -131,9 +131,9 @@ def _only_tells(command: cl.CommandLine) -> bool:
 def is_waiting_parent(entry: ProcessEntry) -> bool:
     """With -daemonize the first process waits until the guest is up (os-posix.c os_daemonize).
 
-    The one that stays has gone through setsid and a second fork: it is alone in its session, whose leader is gone (the
-    kernel gives that pid to nobody else as long as the session exists). The one that waits is in the session of whoever
-    started it; 0 is a session from outside our pid namespace.
+    The one that stays has gone through setsid and a second fork: it is alone in its session, whose leader is gone, or a
+    zombie of an init that takes its time (the kernel gives that pid to nobody else as long as the session exists). The
+    one that waits is in the session of whoever started it; 0 is a session from outside our pid namespace.
     """
     try:
         if not cl.CommandLine.parse(entry.argv).has("daemonize"):
@@ -142,7 +142,14 @@ def is_waiting_parent(entry: ProcessEntry) -> bool:
         return False
     try:
         session = os.getsid(entry.pid)
-        return session == 0 or os.path.exists(f"/proc/{session}") or _session(entry.ppid) == session
+        return session == 0 or _runs(session) or _session(entry.ppid) == session
+    except OSError:
+        return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return proc.read_status(pid).state not in ("Z", "X")
     except OSError:
         return False
 

@@ -223,16 +223,17 @@ def test_many_at_once(victim: Victim, cpr: Command) -> None:
     calls = [
         cpr.start("update", "guest", "--qemu", victim.target.binary.path, "-y", "--json", "--restart") for _ in range(4)
     ]
-    codes = []
+    codes, said = [], []
     for call in calls:
-        out, _ = call.communicate(timeout=PATIENCE)
+        out, err = call.communicate(timeout=PATIENCE)
         codes.append(call.returncode)
+        said.append(f"{out}\n{err}")
         for guest in json.loads(out).get("guests", []):
             if guest["status"] == "updated":
                 with contextlib.suppress(ProcessLookupError):
                     victim.lab.adopt(guest["pid_after"])
     assert codes.count(Exit.OK) >= 1
-    assert set(codes) <= {Exit.OK, Exit.BUSY, Exit.NOT_FOUND, Exit.FAILED}, codes
+    assert set(codes) <= {Exit.OK, Exit.BUSY, Exit.NOT_FOUND, Exit.FAILED}, "\n".join(said)
     (pid,) = qemus_of(victim.lab)
     victim.follow(pid)
     victim.in_the_new(before)

@@ -19,3 +19,10 @@ def test_other_limits_are_the_same() -> None:
     for limits in ({"RLIMIT_NOFILE": (1024, 8192), "RLIMIT_CORE": (0, -1)}, {"RLIMIT_NOFILE": (1024, 4096)}):
         (line,) = compare(before, dataclasses.replace(before, limits=limits))
         assert line.startswith("limits: ")
+
+
+def test_only_x_ignore_shared_may_go_off() -> None:
+    before = dataclasses.replace(values.guest(), capabilities=(("events", True), ("x-ignore-shared", True)))
+    assert compare(before, dataclasses.replace(before, capabilities=(("events", True), ("x-ignore-shared", False)))) == []
+    (line,) = compare(before, dataclasses.replace(before, capabilities=(("x-ignore-shared", False),)))
+    assert line == "migration capabilities: was ['events'], is []"

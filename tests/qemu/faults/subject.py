@@ -261,7 +261,7 @@ class Victim:
         """An ordinary update follows, and all of the RAM is right."""
         old = self.pid
         outcome = self.play()
-        assert (outcome.status, outcome.exit_code, outcome.error) == ("updated", 0, "")
+        assert (outcome.status, outcome.exit_code, outcome.error) == ("updated", 0, ""), outcome
         assert self.pid != old
         walk(self.guest)
         self.alone()
