@@ -23,6 +23,7 @@ def test_other_limits_are_the_same() -> None:
 
 def test_only_x_ignore_shared_may_go_off() -> None:
     before = dataclasses.replace(values.guest(), capabilities=(("events", True), ("x-ignore-shared", True)))
-    assert compare(before, dataclasses.replace(before, capabilities=(("events", True), ("x-ignore-shared", False)))) == []
+    off = (("events", True), ("x-ignore-shared", False))
+    assert compare(before, dataclasses.replace(before, capabilities=off)) == []
     (line,) = compare(before, dataclasses.replace(before, capabilities=(("x-ignore-shared", False),)))
     assert line == "migration capabilities: was ['events'], is []"
