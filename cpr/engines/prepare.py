@@ -195,7 +195,11 @@ class StartNew(Step):
     def do(self, run: Run) -> None:
         run.extra["touched"] = True
         ours, theirs = socket.socketpair() if self.successor.control_number is not None else (None, None)
-        given = {entry.target: run.descriptors[entry.name].number for entry in self.successor.inherited}
+        given = {
+            entry.target: run.descriptors[entry.name].number
+            for entry in self.successor.inherited
+            if entry.target is not None
+        }
         if theirs is not None and self.successor.control_number is not None:
             given[self.successor.control_number] = theirs.fileno()
         run.words = _words_of(run.descriptors.get("stdio:2"))

@@ -46,10 +46,13 @@ MARK = "CPR_RUN"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
-    """One descriptor of the new QEMU: taken from number `source` of the old one, or opened afresh at `path`."""
+    """One descriptor of the new QEMU: taken from number `source` of the old one, or opened afresh at `path`.
+
+    `target`: its number there; None where it is sent over the monitor.
+    """
 
     name: str
-    target: int
+    target: int | None
     source: int | None = None
     inode: int = 0
     path: str = ""
@@ -112,8 +115,9 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
     notes: list[str] = []
 
     def take(name: str, source: int, inode: int = 0) -> int:
-        inherited.append(Inherited(name=name, source=source, inode=inode, target=numbers()))
-        return inherited[-1].target
+        number = numbers()
+        inherited.append(Inherited(name=name, source=source, inode=inode, target=number))
+        return number
 
     line = cl.with_program(cl.without(base_command(guest), DROPPED_OPTIONS), target.binary.path)
     line = _without_control(line)
@@ -147,7 +151,7 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
         for index, (_, _, _, listener) in enumerate(server.listeners):
             if listener is not None:
                 names.append(f"vnc:{server.id}:{index}")
-                take(names[-1], listener)
+                inherited.append(Inherited(name=names[-1], source=listener, target=None))
         vnc.append((server.id, tuple(names)))
     control = controls(guest)
     control_number: int | None = None

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.errors import MonitorError
-from cpr.linux import proc, sockdiag
+from cpr.linux import fds, proc, sockdiag
 from cpr.model import Chardev, MonitorAddress
 from cpr.qemu import qmp
 
@@ -59,29 +59,41 @@ def socket_numbers(pid: int) -> dict[int, int]:
 def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[str, Fd]) -> tuple[Chardev, ...]:
     """The given chardevs with `client` as it is now; `listeners` are duplicates by label.
 
+    Every socket of the process is looked at by a duplicate of it.
+
     Raises:
         OSError: the process is gone or may not be looked into.
     """
-    numbers = socket_numbers(pid)
-    addresses = {label: listen_address(fd, label) for label, fd in listeners.items()}
-    by_path: dict[str, int] = {}
-    by_port: dict[int, int] = {}
-    if any(a.path for a in addresses.values()):
-        for unix in proc.read_net_unix(pid):
-            if unix.connected and unix.path and unix.inode in numbers:
-                by_path[unix.path] = numbers[unix.inode]
-    if any(not a.path for a in addresses.values()):
-        for tcp in proc.read_net_tcp(pid):
-            if tcp.state == "ESTABLISHED" and tcp.inode in numbers:
-                by_port[tcp.local[1]] = numbers[tcp.inode]
-    result = []
-    for chardev in chardevs:
-        address = addresses.get(chardev.label)
-        if address is None:
-            continue
-        client = by_path.get(address.path) if address.path else by_port.get(address.port)
-        result.append(replace(chardev, client=client, connected=client is not None))
-    return tuple(result)
+    names: dict[object, str] = {}
+    for label, listener in listeners.items():
+        with _socket_of(listener) as sock:
+            names[_local(sock)] = label
+    found: dict[str, int] = {}
+    with fds.Fd(os.pidfd_open(pid)) as pidfd:
+        for number in socket_numbers(pid).values():
+            with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+                with fds.take_fd(pidfd, number) as taken, _socket_of(taken) as sock:
+                    label = names.get(_local(sock), "")
+                    if label:
+                        sock.getpeername()
+                        found[label] = number
+    return tuple(
+        replace(c, client=found.get(c.label), connected=c.label in found) for c in chardevs if c.label in listeners
+    )
+
+
+def _socket_of(fd: Fd) -> socket.socket:
+    return socket.socket(fileno=os.dup(fd.number))
+
+
+def _local(sock: socket.socket) -> object:
+    """What an accepted connection has in common with its listener, whatever network namespace its client came from.
+
+    The kernel makes the accepted end of a UNIX connection in the client's namespace (net/unix/af_unix.c,
+    unix_stream_connect), so that /proc/PID/net/unix of the server need not list it.
+    """
+    name = sock.getsockname()
+    return name if sock.family == socket.AF_UNIX else name[1]
 
 
 def two_places(address: MonitorAddress, pid: int, listener: Fd) -> tuple[socket.socket, socket.socket]:

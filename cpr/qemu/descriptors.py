@@ -70,7 +70,8 @@ def open_files(
     spice_ports: Collection[int] = (),
 ) -> tuple[OpenFile, ...]:
     """`files`: owner by (st_dev, st_ino) of files that somebody names; `ptys`: chardev label by pts number."""
-    by_inode = {(d.device, d.inode): known[d.number] for d in table if d.number in known and kind_of(d) == "file"}
+    unique = [d for d in table if d.number in known and kind_of(d) in ("file", "socket")]
+    by_inode = {(d.device, d.inode): known[d.number] for d in unique}
     by_inode |= {(b.device, b.inode): f"ram:{b.id}" for b in ram if b.inode}
     by_number = {e.number: e for e in endpoints}
     served = {sockets_key(e): known[e.number] for e in endpoints if e.listening and e.number in known}

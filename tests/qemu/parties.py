@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cpr.linux import syscalls
 from tests.lab import counting
 from tests.lab.console import ConsoleLog
 from tests.lab.counting import CountingLog
@@ -65,6 +66,20 @@ def connected(address: Address, seconds: float = 10.0, *, impatient: bool = Fals
     return sock
 
 
+def connected_elsewhere(address: Address) -> socket.socket:
+    """A connection that was made from a network namespace of its own."""
+    made: list[socket.socket] = []
+
+    def there() -> None:
+        syscalls.unshare(syscalls.CLONE_NEWNET)
+        made.append(connected(address))
+
+    thread = threading.Thread(target=there)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
 class Party:
     """Somebody with a thread, from `with` to `close`."""
 
@@ -102,11 +117,11 @@ class Party:
 class Wire(Party):
     """One connection, never made again. `ended` says how it ended, if it did."""
 
-    def __init__(self, address: Address, log: ConsoleLog | None = None) -> None:
+    def __init__(self, address: Address, log: ConsoleLog | None = None, *, elsewhere: bool = False) -> None:
         super().__init__()
         self.log = log if log is not None else ConsoleLog()
         self.ended = ""
-        self.peer = connected(address)
+        self.peer = connected_elsewhere(address) if elsewhere else connected(address)
         self.began = time.monotonic()
 
     def work(self) -> None:
@@ -313,11 +328,13 @@ def counted(
     bound: str = "",
     pidfile: Path | None = None,
     running: bool = True,
+    elsewhere: bool = False,
 ) -> Any:
     """Start the counting guest with our wire for its console; `Counted`, once it counts (if it is `running`).
 
     `words` replaces the command line's options, `prefix` comes before the program (setpriv, unshare, ...). `bound` is
-    the name of the console as QEMU was given it; `pidfile` says who the guest is where it becomes a daemon.
+    the name of the console as QEMU was given it; `pidfile` says who the guest is where it becomes a daemon;
+    `elsewhere`: our wire comes from another network namespace.
     """
     name = name or unique(lab)
     address = console if console is not None else lab.directory / f"{name}.con"
@@ -340,7 +357,7 @@ def counted(
     there = Path(bound) if bound else address
     until(lambda: not process.alive or listens(there, process.pid))
     assert process.alive, (lab.directory / f"{name}.log").read_text()
-    with Wire(address, log) as wire:
+    with Wire(address, log, elsewhere=elsewhere) as wire:
         if running:
             log.wait(lambda: log.ticks, 30, "it does not count")
         yield Counted(name, process, wire, log, monitor)

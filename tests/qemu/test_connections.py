@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,14 @@ def test_a_console_client_stays_connected_and_loses_no_byte(
                 assert result.code == 0, str(result)
         guest.check()
         assert len(qemus_of(lab)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
+def test_a_console_client_from_another_network_namespace(lab: Lab, cpr: Command, builds: Builds) -> None:
+    with counted(lab, builds("7.2"), elsewhere=True) as guest, typing(guest):
+        result = cpr.update(guest.name, builds("11.1.a"))
+        assert result.code == 0, str(result)
+        assert [f for f in result.guest["findings"] if f["severity"] != "note"] == []
 
 
 @pytest.mark.parametrize("kind", ["unix", pytest.param("tcp", marks=full)])

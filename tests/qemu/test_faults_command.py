@@ -233,7 +233,8 @@ def test_many_at_once(victim: Victim, cpr: Command) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     victim.lab.adopt(guest["pid_after"])
     assert codes.count(Exit.OK) >= 1
-    assert set(codes) <= {Exit.OK, Exit.BUSY, Exit.NOT_FOUND, Exit.FAILED}, "\n".join(said)
+    # two that look at the guest at the same time may find its monitor held by each other
+    assert set(codes) <= {Exit.OK, Exit.BUSY, Exit.NOT_FOUND, Exit.FAILED, Exit.BLOCKED}, "\n".join(said)
     (pid,) = qemus_of(victim.lab)
     victim.follow(pid)
     victim.in_the_new(before)

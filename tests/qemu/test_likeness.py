@@ -362,8 +362,7 @@ def helpers(lab: Lab) -> list[int]:
 # -- nothing piles up
 
 
-@full
-@pytest.mark.parametrize("route", [["11.1.a", "11.1.b"], ["11.1.a"]])
+@pytest.mark.parametrize("route", [pytest.param(["11.1.a", "11.1.b"], marks=full), ["11.1.a"]])
 def test_nothing_grows_over_ten_updates(lab: Lab, cpr: Command, builds: Builds, route: list[str]) -> None:
     """Command line, environment, descriptors, mappings and threads after the second update and after the tenth."""
     second = lab.directory / "second"
