@@ -34,6 +34,8 @@ from cpr.run import resume_old
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+BY_US = (Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
+"""Where only a migration leads: the journal has lost its end."""
 MARK_SCANS = 50
 """Looks at all processes, at most."""
 
@@ -155,8 +157,11 @@ def _back(record: Record) -> Outcome:
     guest = record.header["guest"]
     try:
         with _monitor(record, record.pid) as monitor:
-            # where the state was not sent we did not stop it; whoever has had a reason
-            status = resume_old(monitor, guest["runstate"]) if _moved(record) else guest["runstate"]
+            status = str(monitor.execute("query-status")["status"])
+            # a guest that is paused though its state was not sent was stopped by somebody who has had a reason
+            ours = _moved(record) or status in BY_US
+            if ours:
+                status = resume_old(monitor, guest["runstate"])
             migration.restore(monitor, guest["capabilities"], guest["parameters"])
             set_discard(monitor, guest["discarding"], on=True)
             with contextlib.suppress(CommandFailed):
@@ -164,7 +169,7 @@ def _back(record: Record) -> Outcome:
     except CprError as error:
         where = f"the old QEMU (pid {record.pid}) could not be told to go on"
         raise _TryAgain(record, where, record.pid, error.message) from None
-    if guest["runstate"] == Runstate.RUNNING and status != Runstate.RUNNING:
+    if guest["runstate"] == Runstate.RUNNING and ours and status != Runstate.RUNNING:
         raise _TryAgain(record, f"the old QEMU (pid {record.pid}) is {status}", record.pid, runstate=status)
     return _outcome(record, Status.ROLLED_BACK, Exit.ROLLED_BACK, errors.AS_BEFORE, record.pid, runstate=status)
 

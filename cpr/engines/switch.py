@@ -195,7 +195,9 @@ class PassClients(Step):
 
     def do(self, run: Run) -> None:
         assert run.old is not None
-        run.extra["sockets"] = clients.socket_numbers(run.old.pid)
+        targets = clients.descriptor_targets(run.old.pid)
+        run.extra["sockets"] = clients.sockets_among(targets)
+        run.extra["files"] = clients.files_among(targets)
         run.extra["sent"] = _send_clients(run, self.guest)
         for label, fd in _clients_held(run):
             self._make_room(label, fd)
@@ -253,7 +255,8 @@ class MoveClients(Step):
     """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label).
 
     Not earlier: the new QEMU would swallow their input. If somebody came or went since they were sent ahead, who is
-    there now is looked up again; the old QEMU is stopped before, so that nobody can come to it after that.
+    there now is looked up again; the old QEMU is stopped before, so that nobody can come to it after that, and no
+    command of another monitor's client is done any more.
     """
 
     guest: Guest
@@ -264,8 +267,12 @@ class MoveClients(Step):
     def do(self, run: Run) -> None:
         assert run.old is not None
         stop_accepting(run.old)
+        targets = clients.descriptor_targets(run.old.pid)
+        if opened := clients.files_among(targets) - run.extra["files"]:
+            # a snapshot that was taken after the chains were compared: the new QEMU would write into its base
+            raise StepFailed(self.describe(), f"the old QEMU has opened {', '.join(sorted(opened))}", hint="try again")
         sent: dict[str, int] = run.extra["sent"]
-        now = clients.socket_numbers(run.old.pid).keys()
+        now = clients.sockets_among(targets).keys()
         if now - run.extra["sockets"].keys() or not now >= set(sent.values()):
             sent = _send_clients(run, self.guest)
         open_doors(run, sent)

@@ -42,18 +42,29 @@ def listen_address(listener: Fd, label: str) -> MonitorAddress:
     raise ValueError(f"{label} listens on a socket of family {sock.family}")
 
 
-def socket_numbers(pid: int) -> dict[int, int]:
-    """{inode: descriptor} of the sockets of a process."""
+def descriptor_targets(pid: int) -> dict[int, str]:
+    """{descriptor: what its link in /proc says} of a process."""
     found = {}
     base = f"/proc/{pid}/fd"
     for name in os.listdir(base):
-        try:
-            target = os.readlink(f"{base}/{name}")
-        except FileNotFoundError:
-            continue
-        if target.startswith("socket:["):
-            found[int(target[8:-1])] = int(name)
+        with contextlib.suppress(FileNotFoundError):
+            found[int(name)] = os.readlink(f"{base}/{name}")
     return found
+
+
+def socket_numbers(pid: int) -> dict[int, int]:
+    """{inode: descriptor} of the sockets of a process."""
+    return sockets_among(descriptor_targets(pid))
+
+
+def sockets_among(targets: Mapping[int, str]) -> dict[int, int]:
+    """{inode: descriptor} of the sockets."""
+    return {int(target[8:-1]): number for number, target in targets.items() if target.startswith("socket:[")}
+
+
+def files_among(targets: Mapping[int, str]) -> set[str]:
+    """Paths of the files and devices."""
+    return {target for target in targets.values() if target.startswith("/")}
 
 
 def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[str, Fd]) -> tuple[Chardev, ...]:
