@@ -310,6 +310,9 @@ class Run:
                 return Status.UPDATED, Exit.DIFFERS, errors.RUNS_NEW, new
             return Status.UPDATED, Exit.OK, errors.RUNS_NEW, new
         if self.old is None or not self.old.alive():
+            if not self.extra.get("touched"):
+                where = "its process ended before anything was done: by itself, or by another update"
+                return Status.FAILED, Exit.NOT_FOUND, where, 0
             return Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, "the guest's process has ended by itself", 0
         if self.extra.get("leave_open"):
             where = f"{errors.NEEDS_YOU}: cpr recover {self.journal.run_id} tries again"
