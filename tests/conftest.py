@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from tests.support_table import Move, page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import FrameType
 
     from tests.bench.host import Host
     from tests.lab.qemu import QemuBuild
@@ -50,10 +52,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 TABLE = pytest.StashKey[SupportTable]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, _as_interrupt)  # a lab's guests are orphans: they are ended on the way out
     config.stash[TABLE] = SupportTable(config.getoption("--support-table"))
     config.pluginmanager.register(config.stash[TABLE], "support-table")
 

@@ -135,7 +135,7 @@ def stop_accepting(old: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         old.signal(signal.SIGSTOP)
         deadline = time.monotonic() + 0.1
-        while proc.read_status(old.pid).state not in ("T", "t") and time.monotonic() < deadline:
+        while proc.read_stat(old.pid).state not in ("T", "t") and time.monotonic() < deadline:
             os.sched_yield()
 
 

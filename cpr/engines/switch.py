@@ -22,6 +22,8 @@ from cpr.qemu import block, clients, migration, qmp
 from cpr.run import CommitRefused, resume_old
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cpr.run import Run
 
 
@@ -80,8 +82,9 @@ class CompareChains(Step):
         return "compare device -> node -> file " + ("of plan, old and new QEMU" if self.both else "once more")
 
     def do(self, run: Run) -> None:
-        early: qmp.Pending | None = run.extra.pop("chains", None)
-        reply = early.result() if early is not None else run.monitor.execute("query-block")
+        reply = run.extra.pop("chains", None)
+        if reply is None:
+            reply = run.monitor.execute("query-block")
         self._compare(reply, "the guest has now")
         if self.both:
             busy = run.monitor.execute("query-block-jobs")
@@ -122,6 +125,9 @@ class MoveState(Step):
 
     Only a guest with several queues on a tap is stopped first (taps.py).
 
+    Once the new QEMU has all of it, the old one is stopped (SIGSTOP): it accepts no client any more, does no command of
+    another monitor's client, and cannot run the guest, whatever it makes of the migration.
+
     Allowed because every RAM block is proven to be skipped (check `ram-not-skipped`): one that is not would write stale
     pages over live ones.
     """
@@ -144,26 +150,34 @@ class MoveState(Step):
                 run.monitor.execute("stop")
             guard.hand_over()
         stream.begin(run)
-        self._await(run, run.successor, seen_new)
-        run.extra["chains"] = run.monitor.submit("query-block")  # its reply is awaited by the next step
-        self._await(run, run.monitor, seen_old)
         if self.guest.running:
-            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old)
+            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old, unless=self._failed(run))
             run.stop_time = stop.timestamp if stop is not None else None
+        chains = run.monitor.submit("query-block")  # answered while the new QEMU loads
+        self._await(run, seen_new)
+        run.extra["chains"] = chains.result()
+        assert run.old is not None
+        stop_accepting(run.old)
         if guard is not None:
             guard.stop()
         if any(event.name == "RESUME" for event in run.successor.events()[seen_new:]):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 
-    def _await(self, run: Run, monitor: qmp.Monitor, after: int) -> None:
-        def ended(event: qmp.Event) -> bool:
-            return event.data.get("status") in ("completed", "failed", "cancelled")
-
+    def _failed(self, run: Run) -> Callable[[], bool]:
         def old_failed() -> bool:
             past = run.monitor.events()[run.extra["seen_old"] :]
             return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
 
-        event = run.wait_event(monitor, {"MIGRATION"}, self.describe(), ended, after=after, unless=old_failed)
+        return old_failed
+
+    def _await(self, run: Run, after: int) -> None:
+        """The new QEMU has all of it, and the old one knows that it is not asked for it again."""
+
+        def ended(event: qmp.Event) -> bool:
+            return event.data.get("status") in ("completed", "failed", "cancelled")
+
+        unless = self._failed(run)
+        event = run.wait_event(run.successor, {"MIGRATION"}, self.describe(), ended, after=after, unless=unless)
         if event is None or event.data["status"] != "completed":
             assert run.new is not None
             run.new.wait_dead(1.0)
@@ -172,6 +186,8 @@ class MoveState(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        if run.old is not None:
+            go_on(run.old)
         if "seen_old" not in run.extra:
             return  # nothing was sent; whoever has stopped the guest meanwhile had a reason
         status = resume_old(run.monitor, self.guest.runstate)
@@ -255,8 +271,7 @@ class MoveClients(Step):
     """Give every connected chardev client to the new QEMU (`add_client` with the chardev's label).
 
     Not earlier: the new QEMU would swallow their input. If somebody came or went since they were sent ahead, who is
-    there now is looked up again; the old QEMU is stopped before, so that nobody can come to it after that, and no
-    command of another monitor's client is done any more.
+    there now is looked up again; the old QEMU stands still, so that nobody can come to it after that.
     """
 
     guest: Guest
@@ -266,7 +281,6 @@ class MoveClients(Step):
 
     def do(self, run: Run) -> None:
         assert run.old is not None
-        stop_accepting(run.old)
         targets = clients.descriptor_targets(run.old.pid)
         if opened := clients.files_among(targets) - run.extra["files"]:
             # a snapshot that was taken after the chains were compared: the new QEMU would write into its base
@@ -291,8 +305,6 @@ class MoveClients(Step):
 
     def undo(self, run: Run) -> None:
         run.kill_new()
-        if run.old is not None:
-            go_on(run.old)
 
 
 def movable(chardevs: tuple[Chardev, ...]) -> tuple[Chardev, ...]:
@@ -345,5 +357,5 @@ def _still_there(run: Run) -> None:
     if not run.new.alive():
         raise CommitRefused("the new QEMU ended before it was told to run")
     with contextlib.suppress(ProcessLookupError):
-        if proc.read_status(run.new.pid).state in "Tt":
+        if proc.read_stat(run.new.pid).state in "Tt":
             raise CommitRefused("the new QEMU was stopped (SIGSTOP, or a debugger) before it was told to run")

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import StateError
 
 from cpr.errors import CommandFailed, MonitorError, MonitorHeld
@@ -112,6 +112,29 @@ class Event:
         return f"Event({self.name}, {self.data})"
 
 
+class _Client(QMPClient):
+    """Keeps the events itself, as they come: the library's queue and another task would cost a part of a millisecond.
+
+    Its hooks are also where the library writes each message out for a debugging log, whether anybody reads that or not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Event] = []
+        self.arrived = threading.Condition()
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        if "event" in msg:
+            with self.arrived:
+                self.seen.append(Event(dict(msg)))
+                self.arrived.notify_all()
+            self.events.clear()
+        return msg
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+
 class Pending:
     """A command that was sent; `result` waits for its reply. Errors as those of `Monitor.execute`."""
 
@@ -140,17 +163,17 @@ class Pending:
 class Monitor:
     """A negotiated QMP session. Errors: `MonitorError`, `CommandFailed`."""
 
-    def __init__(self, client: QMPClient, address: str, attend: Attend = None) -> None:
+    def __init__(self, client: _Client, address: str, attend: Attend = None) -> None:
         self.address = address
         self._client = client
         self._attend = attend
-        self._events: list[Event] = []
-        self._arrived = threading.Condition()
+        self._events = client.seen
+        self._arrived = client.arrived
         self._closed = False
-        self._pump_ended = False
+        self._ended = False
         self.first_replies: list[dict[str, Any]] = []
         """To the commands that were sent with the negotiation, in their order."""
-        asyncio.run_coroutine_threadsafe(self._pump(), _loop.get())
+        asyncio.run_coroutine_threadsafe(self._watch(), _loop.get())
 
     def __enter__(self) -> Self:
         return self
@@ -171,28 +194,15 @@ class Monitor:
             str(version.get("package", "")) if isinstance(version, dict) else "",
         )
 
-    async def _pump(self) -> None:
-        """Collect events until the session ends."""
-        gone = asyncio.ensure_future(self._gone())
+    async def _watch(self) -> None:
+        """Tell whoever waits for an event when the session ends."""
         try:
-            while not gone.done():
-                event = asyncio.ensure_future(self._client.events.get())
-                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
-                    event.cancel()
-                    break
-                with self._arrived:
-                    self._events.append(Event(dict(event.result())))
-                    self._arrived.notify_all()
+            while self._client.runstate is Runstate.RUNNING:
+                await self._client.runstate_changed()
         finally:
-            gone.cancel()
             with self._arrived:
-                self._pump_ended = True
+                self._ended = True
                 self._arrived.notify_all()
-
-    async def _gone(self) -> None:
-        while self._client.runstate is Runstate.RUNNING:
-            await self._client.runstate_changed()
 
     def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: Any) -> Any:
         """Run one command and return its value. Underscores in argument names stand for hyphens."""
@@ -251,7 +261,7 @@ class Monitor:
                     if event.name in names and accept(event):
                         return event
                 seen = len(events)
-                if self._pump_ended:
+                if self._ended:
                     raise MonitorError(self.address, f"QEMU hung up while {' or '.join(sorted(names))} was awaited")
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -344,7 +354,7 @@ def negotiate(
         MonitorHeld: nobody greets: QEMU serves one client a monitor, so somebody else is being served, or it hangs.
         MonitorError: it hung up or talks nonsense.
     """
-    client = QMPClient()
+    client = _Client()
     replies: list[dict[str, Any]] = []
     try:
         if first:

@@ -75,8 +75,8 @@ class Guest:
         return self.host.run(f"kill -0 {self.pid}").code == 0
 
     def end(self) -> None:
-        """Kill it."""
-        self.host.run(f"kill -9 {self.pid}")
+        """Kill it, and remove its RAM, which is the host VM's, and its disk."""
+        self.host.run(f"kill -9 {self.pid}; rm -f /dev/shm/{self.name}.ram {PLACE}/{self.name}.*")
 
     def properties(self) -> dict[str, str]:
         """What an update may not change of the process, read from /proc and the cgroup file system."""
