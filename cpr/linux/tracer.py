@@ -1,0 +1,312 @@
+"""The tracer: a small process of its own that stops a process and makes system calls in it, and outlives its caller.
+
+    Tracer ── length, pickled list of operations ──► helper       Attach, Batch, Exec, Detach
+           ◄── length, pickled Reply, one for each operation ──
+
+It is started before the pause, finds out beforehand what takes time, and waits. After an operation that failed it
+undoes what was done, lets the process run, and ends: with it the kernel lets go of threads that did not stop in time.
+So it does when its caller is gone, which it sees before each operation and each system call. After an Exec nothing is
+undone: the new program runs.
+
+If the helper itself is killed, the process goes on (tracee.py).
+
+Out of scope: which calls to make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from cpr.errors import Blocked, CprError, PrivilegeError
+from cpr.linux.process import Process, open_process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cpr.linux.tracee import Call, Tracee
+
+_PROGRAM = "from cpr.linux.tracer import main; main()"
+_LENGTH = struct.Struct("=Q")
+START_SECONDS = 10.0
+DONE_SECONDS = 30.0
+_OOM_SCORE = "-1000"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """Stop all threads, within `timeout` seconds. `thread` makes the calls."""
+
+    thread: int | None = None
+    timeout: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Make system calls, until one fails."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """Execute a path, or a descriptor of the process; it stands before its first instruction until Detach."""
+
+    program: str | int
+    argv: tuple[str, ...]
+    environ: tuple[str, ...]
+    """NAME=value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """Undo, or after Exec let the new program begin; all threads run."""
+
+
+Operation = Attach | Batch | Exec | Detach
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of one operation. `results` are a Batch's; `number` is an errno, 0 where all is well."""
+
+    results: tuple[int, ...] = ()
+    number: int = 0
+    text: str = ""
+    ability: str = ""
+    ours: bool = False
+    """Not an OSError: PrivilegeError where `ability` is missing, else Blocked."""
+
+    def raise_error(self) -> None:
+        if self.ability:
+            raise PrivilegeError(self.text, ability=self.ability)
+        if self.ours:
+            raise Blocked(self.text)
+        if self.number:
+            raise OSError(self.number, self.text)
+
+
+class CallerGone(Exception):
+    """Nobody is left to work for."""
+
+
+class Tracer:
+    """The caller's side: a helper for one process. Closing it, or our end, lets that process run as before."""
+
+    def __init__(self, helper: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        self._helper = helper
+        self._socket = sock
+
+    @classmethod
+    def start(cls, process: Process) -> Self:
+        """Start the helper and wait until it is ready; the process is not touched yet.
+
+        Raises:
+            OSError: no helper can be started. ProcessLookupError, PermissionError: as seen by the helper.
+        """
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+        here, there = socket.socketpair()
+        with there:
+            helper = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, str(process.pid), str(process.start_time)],
+                stdin=there.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+            )
+        tracer = cls(helper, here)
+        try:
+            here.settimeout(START_SECONDS)
+            tracer._reply().raise_error()
+        except BaseException:
+            tracer.close()
+            raise
+        return tracer
+
+    @property
+    def pid(self) -> int:
+        """The helper's."""
+        return self._helper.pid
+
+    def events(self, *operations: Operation) -> Iterator[Reply]:
+        """Do them; a reply as each is done. The first that failed is the last reply.
+
+        Raises:
+            TimeoutError: no answer for DONE_SECONDS. ConnectionError: the helper died; the process runs.
+        """
+        self._socket.settimeout(DONE_SECONDS)
+        _send(self._socket, operations)
+        for _ in operations:
+            reply = self._reply()
+            yield reply
+            if reply.number or reply.ours:
+                return
+
+    def run(self, *operations: Operation) -> list[tuple[int, ...]]:
+        """Do them; the results of each.
+
+        Raises:
+            What the operation that failed raises in Tracee: everything is undone and the process runs. As `events`.
+        """
+        results = []
+        for reply in self.events(*operations):
+            reply.raise_error()
+            results.append(reply.results)
+        return results
+
+    def _reply(self) -> Reply:
+        reply = _receive(self._socket)
+        if reply is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the tracer died")
+        assert isinstance(reply, Reply)
+        return reply
+
+    def close(self) -> None:
+        """Have everything undone, and wait until the helper is gone."""
+        self._socket.close()
+        try:
+            self._helper.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._helper.kill()
+            self._helper.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _send(sock: socket.socket, message: object) -> None:
+    data = pickle.dumps(message)
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(sock: socket.socket) -> object:
+    """None: the other side is gone."""
+    try:
+        head = _read(sock, _LENGTH.size)
+        return pickle.loads(_read(sock, *_LENGTH.unpack(head)))  # noqa: S301 - our own parent, our own child
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+# the helper's side -------------------------------------------------------------------------------------------
+
+
+class Helper:
+    """Does what it is told to one process."""
+
+    def __init__(self, sock: socket.socket, process: Process) -> None:
+        from cpr.linux import stub
+
+        self._socket = sock
+        self._process = process
+        self._room = stub.find_room(process.pid)
+        self._tracee: Tracee | None = None
+        self._gone = select.poll()
+        self._gone.register(sock, select.POLLRDHUP)
+
+    def work(self) -> None:
+        """Until the caller is gone."""
+        while isinstance(operations := _receive(self._socket), tuple):
+            if not self._do_all(operations):
+                return
+
+    def undo(self) -> None:
+        if self._tracee is not None:
+            self._tracee.detach()
+            self._tracee = None
+
+    def _do_all(self, operations: Sequence[Operation]) -> bool:
+        """False: one failed."""
+        for operation in operations:
+            try:
+                self._check_caller()
+                reply = Reply(self._do(operation))
+            except (CprError, OSError, ValueError) as error:
+                self.undo()
+                _send(self._socket, _told(error))
+                return False
+            _send(self._socket, reply)
+        return True
+
+    def _do(self, operation: Operation) -> tuple[int, ...]:
+        if isinstance(operation, Attach):
+            from cpr.linux.tracee import Tracee
+
+            if self._tracee is not None:
+                raise ValueError("it is attached already")
+            self._tracee = Tracee.attach(
+                self._process, thread=operation.thread, room=self._room, timeout=operation.timeout
+            )
+        elif isinstance(operation, Detach):
+            self.undo()
+        elif self._tracee is None:
+            raise ValueError("nothing is attached")
+        elif isinstance(operation, Batch):
+            return tuple(self._tracee.batch(operation.calls, self._check_caller))
+        else:
+            self._tracee.execve(operation.program, operation.argv, operation.environ)
+        return ()
+
+    def _check_caller(self) -> None:
+        if self._gone.poll(0):
+            raise CallerGone
+
+
+def _told(error: CprError | OSError | ValueError) -> Reply:
+    if isinstance(error, CprError):
+        return Reply(text=error.message, ability=getattr(error, "ability", ""), number=errno.EPERM, ours=True)
+    if isinstance(error, OSError):
+        return Reply(number=error.errno or errno.EIO, text=error.strerror or str(error))
+    return Reply(number=errno.EINVAL, text=str(error))
+
+
+def main() -> None:
+    """The helper itself. It ends by the end of its socket only: nothing is to interrupt it half way."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_OOM_SCORE)
+    sock = socket.socket(fileno=os.dup(0))
+    pid, start_time = (int(word) for word in sys.argv[1:3])
+    try:
+        helper = Helper(sock, open_process(pid, start_time))
+        from cpr.linux import tracee
+
+        _ = tracee.Tracee  # imported now, not within the pause
+    except OSError as error:
+        _send(sock, _told(error))
+        return
+    gc.freeze()
+    gc.disable()
+    with contextlib.suppress(ConnectionError):
+        _send(sock, Reply())
+        with contextlib.suppress(CallerGone):
+            helper.work()
+    helper.undo()
+    os._exit(0)
