@@ -13,20 +13,49 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_BIG_WORD = sys.byteorder == "big" and os.uname().machine not in ("s390x",)
+"""f_type of struct statfs is a word of 8 bytes, but of 4 on s390x (arch/s390/include/uapi/asm/statfs.h)."""
 
 _MACHINE = os.uname().machine
-_GENERIC = {"kcmp": 272, "sched_setattr": 274, "sched_getattr": 275, "ioprio_set": 30, "ioprio_get": 31}
+_GENERIC = {
+    "kcmp": 272,
+    "sched_setattr": 274,
+    "sched_getattr": 275,
+    "ioprio_set": 30,
+    "ioprio_get": 31,
+    "statx": 291,
+    "kexec_file_load": 294,
+}
 _NUMBERS: dict[str, dict[str, int]] = {
-    "x86_64": {"kcmp": 312, "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252},
-    "s390x": {"kcmp": 343, "sched_setattr": 345, "sched_getattr": 346, "ioprio_set": 282, "ioprio_get": 283},
+    "x86_64": {
+        "kcmp": 312,
+        "sched_setattr": 314,
+        "sched_getattr": 315,
+        "ioprio_set": 251,
+        "ioprio_get": 252,
+        "statx": 332,
+        "kexec_file_load": 320,
+    },
+    "s390x": {
+        "kcmp": 343,
+        "sched_setattr": 345,
+        "sched_getattr": 346,
+        "ioprio_set": 282,
+        "ioprio_get": 283,
+        "statx": 379,
+        "kexec_file_load": 381,
+    },
     "ppc64le": {
         "kcmp": 354,
         "sched_setattr": 355,
         "sched_getattr": 356,
         "ioprio_set": 273,
         "ioprio_get": 274,
+        "statx": 383,
+        "kexec_file_load": 382,
     },
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
@@ -74,6 +103,15 @@ SCHED_DEADLINE = 6
 SCHED_FLAG_RESET_ON_FORK = 1
 
 KCMP_FILE = 0
+
+AT_FDCWD = -100
+STATX_MNT_ID = 0x00001000
+STATX_ATTR_DAX = 0x00200000
+
+KEXEC_FILE_UNLOAD = 0x00000001
+KEXEC_FILE_NO_INITRAMFS = 0x00000004
+
+LINUX_REBOOT_CMD_KEXEC = 0x45584543
 
 TUNGETIFF = 0x800454D2
 TIOCGPTN = 0x80045430
@@ -200,6 +238,40 @@ def execve(path: bytes, argv: list[bytes], environ: list[bytes]) -> None:
     arguments = (ctypes.c_char_p * (len(argv) + 1))(*argv, None)
     environment = (ctypes.c_char_p * (len(environ) + 1))(*environ, None)
     _checked(_libc.execve(ctypes.c_char_p(path), arguments, environment), "execve")
+
+
+def statfs_type(path: str) -> int:
+    """f_type of statfs(2): the magic number of the file system that `path` lies on (include/uapi/linux/magic.h)."""
+    buffer = ctypes.create_string_buffer(256)
+    _checked(_libc.statfs(ctypes.c_char_p(os.fsencode(path)), buffer), "statfs")
+    return int(struct.unpack_from("=I", buffer.raw, 4 if _BIG_WORD else 0)[0])
+
+
+def statx_extra(path: str) -> tuple[int, int, int | None]:
+    """(attributes, attributes_mask, mount id) of statx(2), which follows links; None before kernel 5.8."""
+    buffer = ctypes.create_string_buffer(256)
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    syscall(_number("statx"), AT_FDCWD, name, 0, STATX_MNT_ID, buffer, call="statx")
+    mask, _, attributes = struct.unpack_from("=IIQ", buffer.raw, 0)
+    (supported,) = struct.unpack_from("=Q", buffer.raw, 0x38)
+    (mount,) = struct.unpack_from("=Q", buffer.raw, 0x90)
+    return int(attributes), int(supported), int(mount) if mask & STATX_MNT_ID else None
+
+
+def kexec_file_load(kernel_fd: int, initrd_fd: int, command_line: bytes, flags: int) -> None:
+    """kexec_file_load(2), kernel 3.17: the kernel reads, verifies and places the image. The descriptors stay ours.
+
+    `command_line` is given without its closing NUL byte.
+    """
+    buffer = ctypes.create_string_buffer(command_line)
+    length = len(command_line) + 1 if command_line else 0
+    text: int | ctypes.Array[ctypes.c_char] = buffer if command_line else 0
+    syscall(_number("kexec_file_load"), kernel_fd, initrd_fd, length, text, flags, call="kexec_file_load")
+
+
+def reboot(command: int) -> None:
+    """reboot(2). With LINUX_REBOOT_CMD_KEXEC it does not return, and syncs nothing."""
+    _checked(_libc.reboot(ctypes.c_int(command)), "reboot")
 
 
 def tun_interface(fd: int) -> tuple[str, int]:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "cpr").rglob("*.py"))
 LONGEST = 450
-LONGER = {"cpr/model.py": 550}
+LONGER = {"cpr/model.py": 640}
 """The nouns stand in one place, and half of that file is what they mean."""
 
 ONLY = {
@@ -28,6 +28,7 @@ ONLY = {
 FORBIDDEN = {
     "cpr.model": ("cpr*",),
     "cpr.errors": ("cpr*",),
+    "cpr.kernelargs": ("cpr*",),
     "cpr.linux*": ("cpr.qemu*", "cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan"),
     "cpr.qemu*": ("cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.keeper"),
     "cpr.engines*": ("cpr.app*", "cpr.cli*", "cpr.checks*"),
