@@ -28,6 +28,7 @@ _GENERIC = {
     "ioprio_get": 31,
     "statx": 291,
     "kexec_file_load": 294,
+    "kexec_load": 104,
 }
 _NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {
@@ -38,6 +39,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "ioprio_get": 252,
         "statx": 332,
         "kexec_file_load": 320,
+        "kexec_load": 246,
     },
     "s390x": {
         "kcmp": 343,
@@ -47,6 +49,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "ioprio_get": 283,
         "statx": 379,
         "kexec_file_load": 381,
+        "kexec_load": 277,
     },
     "ppc64le": {
         "kcmp": 354,
@@ -56,6 +59,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "ioprio_get": 274,
         "statx": 383,
         "kexec_file_load": 382,
+        "kexec_load": 268,
     },
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
@@ -263,10 +267,26 @@ def kexec_file_load(kernel_fd: int, initrd_fd: int, command_line: bytes, flags: 
 
     `command_line` is given without its closing NUL byte.
     """
-    buffer = ctypes.create_string_buffer(command_line)
-    length = len(command_line) + 1 if command_line else 0
-    text: int | ctypes.Array[ctypes.c_char] = buffer if command_line else 0
+    text = ctypes.create_string_buffer(command_line)
+    length = len(command_line) + 1
     syscall(_number("kexec_file_load"), kernel_fd, initrd_fd, length, text, flags, call="kexec_file_load")
+
+
+def kexec_refusal(call: str) -> int:
+    """The errno with which kexec_file_load(2) or kexec_load(2) refuses flags that no kernel knows; loads nothing.
+
+    EINVAL: it got as far as the flags, so that it is there and we may (kernel/kexec_file.c, kernel/kexec.c: permission
+    is asked first). EPERM, ENOSYS: it is not. Should a kernel come to know the flags, no descriptor is right and a
+    million segments are too many.
+    """
+    try:
+        if call == "kexec_file_load":
+            syscall(_number(call), -1, -1, 0, 0, 1 << 62, call=call)
+        else:
+            syscall(_number("kexec_load"), 0, 1 << 20, 0, 0x8000, call=call)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def reboot(command: int) -> None:
