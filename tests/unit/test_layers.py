@@ -29,10 +29,17 @@ FORBIDDEN = {
     "cpr.model": ("cpr*",),
     "cpr.errors": ("cpr*",),
     "cpr.kernelargs": ("cpr*",),
-    "cpr.linux*": ("cpr.qemu*", "cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan"),
-    "cpr.qemu*": ("cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.keeper"),
-    "cpr.engines*": ("cpr.app*", "cpr.cli*", "cpr.checks*"),
-    "cpr.checks*": ("cpr.app*", "cpr.cli*", "cpr.engines*", "cpr.run", "cpr.plan", "cpr.linux*", "cpr.qemu.qmp"),
+    "cpr.linux*": (
+        *("cpr.qemu*", "cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.reboot*"),
+    ),
+    "cpr.qemu*": (
+        *("cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.keeper", "cpr.reboot*"),
+    ),
+    "cpr.engines*": ("cpr.app*", "cpr.cli*", "cpr.checks*", "cpr.reboot*"),
+    "cpr.reboot*": ("cpr.app*", "cpr.cli*"),
+    "cpr.checks*": (
+        *("cpr.app*", "cpr.cli*", "cpr.engines*", "cpr.run", "cpr.plan", "cpr.linux*", "cpr.qemu.qmp", "cpr.reboot*"),
+    ),
     "cpr.[!c_]*": ("cpr.cli*",),
     "cpr.config": ("cpr.cli*", "cpr.app*"),
 }
@@ -103,6 +110,8 @@ def test_length(path: Path) -> None:
         ("cpr.checks.memory", "from cpr.qemu.cmdline import devices", False),
         ("cpr.checks.memory", "from cpr.linux import proc", True),
         ("cpr.app.update", "from cpr.cli import output", True),
+        ("cpr.reboot.manifest", "from cpr.linux import traits", False),
+        ("cpr.checks.reboot", "from cpr.reboot import manifest", True),
     ],
 )
 def test_the_rules_bite(name: str, source: str, speaks: bool) -> None:
