@@ -282,6 +282,43 @@ class Supervisor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestAgent:
+    """The guest agent's port, and what answered there."""
+
+    path: str
+    version: str = ""
+    can_suspend: bool = False
+    error: str = ""
+    """Why it could not be asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextKernel:
+    """The kernel that the host is going to jump into, and what a decision about that needs to know."""
+
+    image: str
+    """Empty: none was found."""
+    initrd: str
+    release: str
+    command_line: str
+    missing: tuple[str, ...] = ()
+    """Of the files that were named, those that are not there."""
+    obstacles: tuple[str, ...] = ()
+    """Why no kernel can be loaded, in words."""
+    unsaved: tuple[str, ...] = ()
+    """QEMU processes on this host that are neither going to be saved nor named as lost."""
+    state_directory: str = "/var/lib/cpr"
+    state_directory_free: int | None = None
+    """Bytes; None: not measured."""
+    state_directory_volatile: str = ""
+    """Why what is written there is lost at the jump, in words."""
+    restores_by_itself: bool = True
+    """The unit that restores guests is enabled."""
+    live_update: bool = False
+    """This kernel has /dev/liveupdate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """What a decision needs to know of the host; all sizes in bytes, None where there is no limit."""
 
@@ -376,6 +413,12 @@ class Guest:
     changed_files: tuple[str, ...] = ()
     """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()
+    disks: tuple[Storage, ...] = ()
+    """What its images lie on; read for a reboot only."""
+    agent: GuestAgent | None = None
+    """None: it has no port for one. Asked for a reboot only."""
+    s3_disabled: bool | None = None
+    """Its firmware does not offer suspend to RAM; None: not known."""
 
     @property
     def running(self) -> bool:

@@ -112,7 +112,7 @@ def classify(facts: FileFacts, mounts: tuple[Mount, ...], *, root: str = "/") ->
     if stat.S_ISCHR(facts.mode):
         return _character_device(replace(known, device=facts.rdev, inode=0), root)
     if stat.S_ISBLK(facts.mode):
-        return replace(known, device=facts.rdev)
+        return _block_device(replace(known, device=facts.rdev, inode=0), root)
     if facts.magic in (ANON_INODE_FS_MAGIC, GUEST_MEMFD_MAGIC):
         kind = Backing.GUEST_MEMFD if "kvm-gmem" in facts.target or facts.magic == GUEST_MEMFD_MAGIC else known.kind
         return replace(known, kind=kind)
@@ -249,6 +249,17 @@ def _on_disk(known: Storage, facts: FileFacts, mount: Mount | None, root: str) -
     if mount is None and not places:
         return known
     return replace(known, kind=Backing.FSDAX if mapped else Backing.DISK_FILE)
+
+
+def _block_device(known: Storage, root: str) -> Storage:
+    places, volatile = bottom(known.device, root=root)
+    return replace(
+        known,
+        kind=Backing.DISK_FILE if places else Backing.UNKNOWN,
+        disks=tuple(os.path.basename(place) for place in places),
+        pmem=region_of(places[0]) if len(places) == 1 else None,
+        volatile=volatile,
+    )
 
 
 def _device_number(node: str, root: str) -> tuple[int, int] | None:

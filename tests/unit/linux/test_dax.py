@@ -166,6 +166,14 @@ def test_files_on_disks(
     assert (found.kind, tuple(sorted(found.disks)), bool(found.volatile)) == (kind, disks, volatile)
 
 
+def test_block_devices(sysfs: FakeSysfs) -> None:
+    """As disks of guests."""
+    disk = told(sysfs, mode=stat.S_IFBLK, rdev=(254, 1), device=(0, 6), target="/dev/vda1")
+    assert (disk.kind, disk.disks, disk.volatile, disk.pmem) == (Backing.DISK_FILE, ("vda",), "", None)
+    assert told(sysfs, mode=stat.S_IFBLK, rdev=(1, 0)).volatile
+    assert told(sysfs, mode=stat.S_IFBLK, rdev=(259, 0)).pmem.provider == "e820"
+
+
 def test_a_stack_with_a_ram_disk_below(sysfs: FakeSysfs) -> None:
     assert "ram0" in bottom((253, 1), root=str(sysfs.root))[1]
     assert bottom((8, 0), root=str(sysfs.root)) == ((), "")
