@@ -22,11 +22,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.linux import procfile, syscalls
+from cpr.linux.blockdev import bottom, filesystem_uuid, read_number, read_text, uuid_text
 from cpr.linux.mounts import parse_mountinfo
 from cpr.model import Backing, PmemRegion, Storage
 
@@ -41,15 +41,8 @@ ANON_INODE_FS_MAGIC = 0x09041934
 GUEST_MEMFD_MAGIC = 0x474D454D
 """include/uapi/linux/magic.h; guest_memfd is an anon_inode before it had one of its own (6.18)."""
 
-EXT4_UUID = 1024 + 0x68
-"""s_uuid of struct ext4_super_block, which begins at 1024 (fs/ext4/ext4.h)."""
-XFS_UUID = 32
-"""sb_uuid of struct xfs_dsb (fs/xfs/libxfs/xfs_format.h)."""
-
 _PROCESS_LINK = re.compile(r"/proc/(\d+|self)/(?:fd|map_files)/[^/]+")
 _DELETED = " (deleted)"
-_DEEPEST = 8
-"""Block devices above each other that are followed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +62,8 @@ class FileFacts:
     """STATX_ATTR_DAX: mapped without page cache now, whatever the mount says; None: this kernel does not tell."""
     mount: int | None
     """Mount id."""
+    fs_uuid: str = ""
+    """Of its file system, as the kernel tells it (6.9)."""
 
 
 def file_facts(path: str) -> FileFacts:
@@ -89,7 +84,21 @@ def file_facts(path: str) -> FileFacts:
         magic=syscalls.statfs_type(path),
         dax=bool(attributes & syscalls.STATX_ATTR_DAX) if supported & syscalls.STATX_ATTR_DAX else None,
         mount=mount,
+        fs_uuid=_told_uuid(path) if stat.S_ISREG(status.st_mode) else "",
     )
+
+
+def _told_uuid(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return uuid_text(syscalls.fs_uuid(fd))
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
 
 
 def storage_of(path: str) -> Storage:
@@ -150,8 +159,8 @@ def _character_device(known: Storage, root: str) -> Storage:
     if not is_device_dax(os.makedev(*known.device), root=root):
         return known
     place = os.path.realpath(os.path.join(root, "sys/dev/char/{}:{}".format(*known.device)))
-    size = _number(place, "size") or 0
-    align = _number(place, "align") or 0
+    size = read_number(place, "size") or 0
+    align = read_number(place, "align") or 0
     region = region_of(place)
     if region is not None:
         region = replace(region, mode="devdax", align=region.align or align)
@@ -166,37 +175,20 @@ def region_of(place: str) -> PmemRegion | None:
         return None
     bus, region = "/".join(parts[: index + 1]), "/".join(parts[: index + 2])
     claim = f"{region}/{parts[index + 2]}"  # dax0.1, pfn0.1, btt0.1, or the namespace itself
-    claimed = _text(claim, "namespace") or parts[index + 2]
+    claimed = read_text(claim, "namespace") or parts[index + 2]
     kind = re.match("[a-z]+", parts[index + 2])
     mode = {"dax": "devdax", "pfn": "fsdax", "btt": "sector", "namespace": "raw"}.get(kind[0] if kind else "", "")
     return PmemRegion(
-        provider=_text(bus, "provider"),
-        start=_number(region, "resource"),
-        size=_number(region, "size") or 0,
-        namespace_uuid=_text(claim, "uuid") or _text(f"{region}/{claimed}", "uuid"),
+        provider=read_text(bus, "provider"),
+        start=read_number(region, "resource"),
+        size=read_number(region, "size") or 0,
+        namespace_uuid=read_text(claim, "uuid") or read_text(f"{region}/{claimed}", "uuid"),
         mode=mode,
-        align=_number(claim, "align") or 0,
+        align=read_number(claim, "align") or 0,
         bus=parts[index],
         region=parts[index + 1],
         namespace=claimed,
     )
-
-
-def _text(directory: str, name: str) -> str:
-    try:
-        with open(os.path.join(directory, name)) as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _number(directory: str, name: str) -> int | None:
-    """Decimal or 0x; `resource` of a region is written 0x, and is 0 or missing to those who may not know."""
-    try:
-        value = int(_text(directory, name), 0)
-    except ValueError:
-        return None
-    return None if name == "resource" and value in (0, (1 << 64) - 1) else value
 
 
 # -- files
@@ -232,102 +224,50 @@ def _on_disk(known: Storage, facts: FileFacts, mount: Mount | None, root: str) -
     number = known.device
     if number[0] == 0 and mount is not None and mount.source.startswith("/dev/"):
         number = _device_number(mount.source, root) or number  # btrfs, whose st_dev is no device's
-    places, volatile = bottom(number, root=root)
-    pmem = region_of(places[0]) if len(places) == 1 else None
-    if len(places) > 1 and any(region_of(place) for place in places):
-        volatile = volatile or "its file system lies on several devices, persistent memory among them"
+    type = mount.type if mount is not None else ""
     by_mount = mount is not None and bool(mount.options & {"dax", "dax=always"})
     mapped = facts.dax if facts.dax is not None else by_mount
-    known = replace(
-        known,
-        filesystem=mount.type if mount is not None else "",
-        disks=tuple(os.path.basename(place) for place in places),
-        pmem=pmem,
-        volatile=volatile,
-        fs_uuid=filesystem_uuid(number, mount.type if mount is not None else "", root=root),
+    found = replace(
+        _below(known, number, root),
+        filesystem=type,
+        fs_uuid=facts.fs_uuid or filesystem_uuid(number, type, root=root),
     )
-    if mount is None and not places:
-        return known
-    return replace(known, kind=Backing.FSDAX if mapped else Backing.DISK_FILE)
+    if mount is None and not found.disks:
+        return found
+    return replace(found, kind=Backing.FSDAX if mapped else Backing.DISK_FILE)
 
 
 def _block_device(known: Storage, root: str) -> Storage:
-    places, volatile = bottom(known.device, root=root)
+    below = _below(known, known.device, root)
+    return replace(below, kind=Backing.DISK_FILE if below.disks else Backing.UNKNOWN)
+
+
+def _below(known: Storage, number: tuple[int, int], root: str) -> Storage:
+    """With the disks below a block device, the region that they are, and why they are RAM."""
+    found = bottom(number, root=root)
+    regions = [region_of(place) for place in found.places]
+    volatile = found.volatile or next(filter(None, (_loop_volatile(*loop) for loop in found.loops)), "")
+    if len(regions) > 1 and any(regions):
+        volatile = volatile or "it lies on several devices, persistent memory among them"
     return replace(
         known,
-        kind=Backing.DISK_FILE if places else Backing.UNKNOWN,
-        disks=tuple(os.path.basename(place) for place in places),
-        pmem=region_of(places[0]) if len(places) == 1 else None,
+        disks=tuple(os.path.basename(place) for place in found.places),
+        pmem=regions[0] if len(regions) == 1 else None,
         volatile=volatile,
     )
 
 
-def _device_number(node: str, root: str) -> tuple[int, int] | None:
-    text = _text(os.path.join(root, "sys/class/block", os.path.basename(os.path.realpath(node))), "dev")
-    major, _, minor = text.partition(":")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-
-
-def bottom(number: tuple[int, int], *, root: str = "/", depth: int = _DEEPEST) -> tuple[tuple[str, ...], str]:
-    """(directories of sysfs of the disks below a block device, why one of them is RAM); nothing where it is none.
-
-    Follows partitions, device mapper, md (`slaves`) and loop devices (`loop/backing_file`).
-    """
-    link = os.path.join(root, "sys/dev/block/{}:{}".format(*number))
-    if not os.path.exists(link) or depth == 0:
-        return (), ""
-    place = os.path.realpath(link)
-    name = os.path.basename(place)
-    if os.path.exists(os.path.join(place, "partition")):
-        place = os.path.dirname(place)
-    if re.fullmatch(r"ram\d+|zram\d+", os.path.basename(place)):
-        return (place,), f"its file system lies on the RAM disk {name}"
-    file = _text(os.path.join(place, "loop"), "backing_file")
-    if file:
-        return _loop(place, file)
-    try:
-        slaves = sorted(os.listdir(os.path.join(place, "slaves")))
-    except OSError:
-        slaves = []
-    found: list[str] = []
-    for slave in slaves:
-        major, _, minor = _text(os.path.join(place, "slaves", slave), "dev").partition(":")
-        if major.isdigit() and minor.isdigit():
-            below, why = bottom((int(major), int(minor)), root=root, depth=depth - 1)
-            if why:
-                return below, why
-            found += below
-    return (tuple(dict.fromkeys(found)) or (place,)), ""
-
-
-def _loop(place: str, file: str) -> tuple[tuple[str, ...], str]:
-    name = os.path.basename(place)
+def _loop_volatile(name: str, file: str) -> str:
     try:
         below = storage_of(file)
     except OSError:
-        return (place,), f"what the loop device {name} lies on ({file}) cannot be told"
-    if below.volatile or below.kind not in (Backing.DISK_FILE, Backing.FSDAX):
-        return (place,), f"the loop device {name} lies on {file}, which is RAM of this kernel"
-    return (place,), ""
+        return f"what the loop device {name} lies on ({file}) cannot be told"
+    if below.volatile or below.pmem or below.kind is not Backing.DISK_FILE:
+        return f"the loop device {name} lies on {file}, which is no file on a disk"
+    return ""
 
 
-def filesystem_uuid(number: tuple[int, int], type: str, *, root: str = "/") -> str:
-    """UUID of an ext or xfs file system from its superblock (as root), else from /dev/disk/by-uuid; "" if unknown."""
-    place = os.path.realpath(os.path.join(root, "sys/dev/block/{}:{}".format(*number)))
-    offset = XFS_UUID if type == "xfs" else EXT4_UUID if type.startswith("ext") else None
-    name = os.path.basename(place)
-    if offset is not None:
-        try:
-            with open(os.path.join(root, "dev", name), "rb") as device:
-                device.seek(offset)
-                data = device.read(16)
-            if len(data) == 16:
-                return str(uuid.UUID(bytes=data))
-        except OSError:
-            pass
-    directory = os.path.join(root, "dev/disk/by-uuid")
-    try:
-        links = sorted(os.listdir(directory))
-    except OSError:
-        return ""
-    return next((n for n in links if os.path.basename(os.path.realpath(os.path.join(directory, n))) == name), "")
+def _device_number(node: str, root: str) -> tuple[int, int] | None:
+    text = read_text(os.path.join(root, "sys/class/block", os.path.basename(os.path.realpath(node))), "dev")
+    major, _, minor = text.partition(":")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

@@ -119,13 +119,14 @@ LINUX_REBOOT_CMD_KEXEC = 0x45584543
 
 TUNGETIFF = 0x800454D2
 TIOCGPTN = 0x80045430
+FS_IOC_GETFSUUID = 0x80111500
 IFF_TUN = 0x0001
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 IFF_MULTI_QUEUE = 0x0100
 if _MACHINE.startswith("ppc"):
-    TUNGETIFF, TIOCGPTN = 0x400454D2, 0x40045430
+    TUNGETIFF, TIOCGPTN, FS_IOC_GETFSUUID = 0x400454D2, 0x40045430, 0x40111500
 
 
 def _checked(result: int, call: str) -> int:
@@ -292,6 +293,12 @@ def kexec_refusal(call: str) -> int:
 def reboot(command: int) -> None:
     """reboot(2). With LINUX_REBOOT_CMD_KEXEC it does not return, and syncs nothing."""
     _checked(_libc.reboot(ctypes.c_int(command)), "reboot")
+
+
+def fs_uuid(fd: int) -> bytes:
+    """FS_IOC_GETFSUUID (kernel 6.9): the UUID of the file system that a descriptor lies on. OSError: it tells none."""
+    answer = fcntl.ioctl(fd, FS_IOC_GETFSUUID, bytes(17))
+    return bytes(answer[1 : 1 + answer[0]])
 
 
 def tun_interface(fd: int) -> tuple[str, int]:

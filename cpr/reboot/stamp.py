@@ -3,8 +3,9 @@
 Made when the guest's state has been saved and nothing writes any more; compared before the state is loaded, because
 QEMU loads a state over any memory, and a guest over foreign or wiped RAM is corrupted.
 
-Pages are sampled, spread evenly, the first and the last among them; each is hashed by itself, so that a difference can
-be named. A change of a few pages between the samples is not seen: the memory is told from foreign, wiped and stale
+Pages are sampled, the first and the last among them: most are spread evenly, the others lie at the beginning, which
+every guest uses (firmware and kernel), however large and empty it is. Each is hashed by itself, so that a difference
+can be named. A change of a few pages between the samples is not seen: the memory is told from foreign, wiped and stale
 memory, not proven equal.
 
 Memory is read through mmap(2): a device DAX has no read(2).
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 SAMPLES = 256
+LOW_BYTES = 32 << 20
+LOW_SHARE = 4
+"""One sample in so many lies in the first LOW_BYTES, besides those that are spread over all."""
 DIGEST_BYTES = 8
 """Of BLAKE2b, for each page: an accident is not met in 2^64."""
 _NAMED = 3
@@ -56,7 +60,12 @@ def places(size: int, samples: int = SAMPLES) -> tuple[int, ...]:
     pages = -(-size // PAGE)
     if pages <= samples:
         return tuple(n * PAGE for n in range(pages))
-    return tuple(n * (pages - 1) // (samples - 1) * PAGE for n in range(samples))
+    low = samples // LOW_SHARE
+    return tuple(sorted({*_spread(min(pages, LOW_BYTES // PAGE), low), *_spread(pages, samples - low)}))
+
+
+def _spread(pages: int, samples: int) -> list[int]:
+    return [n * (pages - 1) // (samples - 1) * PAGE for n in range(samples)]
 
 
 def take(path: str, size: int, identity: Mapping[str, Any], *, offset: int = 0, samples: int = SAMPLES) -> Stamp:
@@ -121,11 +130,11 @@ def _digests(path: str, size: int, offset: int, wanted: tuple[int, ...]) -> tupl
 
 
 def to_json(stamp: Stamp) -> dict[str, Any]:
-    """`places` follow from the size and their number."""
     return {
         "size": stamp.size,
         "offset": stamp.offset,
         "identity": dict(stamp.identity),
+        "places": list(stamp.places),
         "digests": list(stamp.digests),
     }
 
@@ -135,13 +144,15 @@ def from_json(value: Mapping[str, Any]) -> Stamp:
     size, offset, digests = value["size"], value["offset"], value["digests"]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (size, offset)) or size == 0:
         raise ValueError(f"not the size and offset of RAM: {size!r}, {offset!r}"[:120])
-    if not isinstance(digests, list) or not all(isinstance(d, str) for d in digests) or len(digests) < 2:
+    if not isinstance(digests, list) or not all(isinstance(d, str) for d in digests) or not digests:
         raise TypeError("no digests")
     if not isinstance(value["identity"], dict):
         raise TypeError("no identity")
-    where = places(size, len(digests))
+    where = value["places"]
+    if not isinstance(where, list) or not all(isinstance(n, int) and 0 <= n < size and n % PAGE == 0 for n in where):
+        raise ValueError("places that are not in the RAM")
     if len(where) != len(digests):
         raise ValueError(f"{len(digests)} digests for {len(where)} pages")
     return Stamp(
-        size=size, offset=offset, identity=dict(value["identity"]), places=where, digests=tuple(digests)
+        size=size, offset=offset, identity=dict(value["identity"]), places=tuple(where), digests=tuple(digests)
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cpr.linux import dax
-from cpr.linux.dax import FileFacts, bottom, classify, filesystem_uuid, storage_of
+from cpr.linux.blockdev import bottom, filesystem_uuid, uuid_text
+from cpr.linux.dax import FileFacts, classify, storage_of
 from cpr.linux.mounts import parse_mountinfo
 from cpr.model import Backing
 
@@ -175,15 +176,16 @@ def test_block_devices(sysfs: FakeSysfs) -> None:
 
 
 def test_a_stack_with_a_ram_disk_below(sysfs: FakeSysfs) -> None:
-    assert "ram0" in bottom((253, 1), root=str(sysfs.root))[1]
-    assert bottom((8, 0), root=str(sysfs.root)) == ((), "")
+    assert "ram0" in bottom((253, 1), root=str(sysfs.root)).volatile
+    assert bottom((8, 0), root=str(sysfs.root)).places == ()
+    assert "more devices" in bottom((253, 1), root=str(sysfs.root), depth=0).volatile
 
 
 def test_a_loop_device_is_as_lasting_as_its_file(sysfs: FakeSysfs, tmp_path: Path) -> None:
     with open("/dev/shm/cpr-test-loop", "w") as file:
         sysfs.add("virtual/block/loop0/loop", backing_file=file.name)
         try:
-            assert "RAM of this kernel" in told(sysfs, device=(7, 0)).volatile
+            assert "no file on a disk" in told(sysfs, device=(7, 0)).volatile
         finally:
             os.unlink(file.name)
     sysfs.add("virtual/block/loop0/loop", backing_file=str(tmp_path / "gone"))
@@ -224,6 +226,11 @@ def test_uuid_of_a_superblock_and_of_a_link(sysfs: FakeSysfs) -> None:
     (root / f"dev/disk/by-uuid/{UUID}").symlink_to("../../vda")
     assert filesystem_uuid((254, 0), "ext4", root=str(root)) == UUID
     assert filesystem_uuid((254, 0), "btrfs", root=str(root)) == UUID
+
+
+def test_a_uuid_that_was_never_set_is_none() -> None:
+    assert uuid_text(bytes(16)) == uuid_text(b"short") == ""
+    assert uuid_text(uuid.UUID(UUID).bytes) == UUID
 
 
 def test_our_own_files() -> None:
