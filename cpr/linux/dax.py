@@ -41,7 +41,7 @@ ANON_INODE_FS_MAGIC = 0x09041934
 GUEST_MEMFD_MAGIC = 0x474D454D
 """include/uapi/linux/magic.h; guest_memfd is an anon_inode before it had one of its own (6.18)."""
 
-_PROCESS_LINK = re.compile(r"/proc/(\d+|self)/(?:fd|map_files)/[^/]+")
+_PROCESS_LINK = re.compile(r"/proc/(?:\d+|self)/(?:fd|map_files)/[^/]+")
 _DELETED = " (deleted)"
 
 
@@ -102,13 +102,13 @@ def _told_uuid(path: str) -> str:
 
 
 def storage_of(path: str) -> Storage:
-    """What `path` is now: a path, or a link of /proc/PID/fd or /proc/PID/map_files, also of a deleted file.
+    """What `path` is now: a path, also below /proc/PID/root, or a link of /proc/PID/fd or map_files, also if deleted.
 
     Raises:
         OSError: it is not there, or may not be reached (map_files: CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE).
     """
-    link = _PROCESS_LINK.fullmatch(path)
-    pid = int(link[1]) if link and link[1] != "self" else os.getpid()
+    of_process = re.match(r"/proc/(\d+)/", path)
+    pid = int(of_process[1]) if of_process else os.getpid()
     return classify(file_facts(path), parse_mountinfo(procfile.mountinfo(pid)))
 
 

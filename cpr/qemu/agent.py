@@ -109,7 +109,11 @@ class Agent:
             self._answer("guest-suspend-ram", time.monotonic() + min(1.0, self.timeout))
 
     def set_time(self, seconds: float | None = None) -> None:
-        """Set the guest's clock to `seconds` since the epoch, or by its own RTC."""
+        """Set the guest's clock to `seconds` since the epoch, or by its own RTC.
+
+        Raises:
+            CommandFailed: a Linux guest without /sbin/hwclock, among others (qga/commands-posix.c).
+        """
         self.call("guest-set-time", **({} if seconds is None else {"time": int(seconds * 1e9)}))
 
     def call(self, command: str, **arguments: Any) -> Any:
@@ -185,11 +189,12 @@ class Agent:
     def _line(self, deadline: float) -> bytes:
         """The next line that is not empty, however it is cut into pieces."""
         while True:
-            line, newline, rest = self._buffer.partition(b"\n")
-            if newline:
-                self._buffer = rest
+            end = self._buffer.find(b"\n")
+            if end >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
                 if line.strip():
-                    return bytes(line)
+                    return line
                 continue
             if len(self._buffer) > MAX_ANSWER:
                 raise AgentError(self.address, f"its answer is longer than {MAX_ANSWER} bytes")

@@ -116,6 +116,19 @@ def test_a_trickle_does_not_stretch_the_deadline(tmp_path: Path) -> None:
         assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("flood", [b"\n" * 65536, b'{"return": 1}\n' * 4096, b"\xff" * 65536 + b"\n"])
+def test_a_flood_does_not_stretch_the_deadline(tmp_path: Path, flood: bytes) -> None:
+    def script(sock: socket.socket) -> None:
+        while True:
+            sock.sendall(flood)
+
+    with served(tmp_path, script) as fake, Agent(fake.path, timeout=0.5) as client:
+        began = time.monotonic()
+        with pytest.raises(AgentTimeout):
+            client.ping()
+        assert time.monotonic() - began < 3
+
+
 def test_an_endless_line_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_module, "MAX_ANSWER", 1 << 20)
     with served(tmp_path, saying(b"x" * (3 << 20), hang_up=False)) as fake, Agent(fake.path) as client:
