@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 E820 = "e820"
 """drivers/nvdimm/e820.c: legacy persistent memory, here from `memmap=nn!ss`."""
-OUTLASTS = ("ACPI.NFIT", "virtio-pmem", "papr_scm")
-"""Providers whose regions are hardware to the kernel: drivers/acpi/nfit, virtio_pmem.c, powerpc's papr_scm.c."""
+OUTLASTS = ("ACPI.NFIT", "virtio-pmem")
+"""Providers whose regions are hardware to the kernel: drivers/acpi/nfit/core.c, drivers/nvdimm/nd_virtio.c."""
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "gfs2", "ocfs2", "lustre")
 
 
