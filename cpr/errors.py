@@ -187,7 +187,34 @@ class Interrupted(CprError):
     code = Exit.INTERRUPTED
 
 
+class KexecFailed(CprError):
+    """A kernel could not be loaded, or the jump into it was not made; `errno` is 0 where no system call said it."""
+
+    def __init__(self, message: str, *, errno: int = 0, hint: str = "", where: str | None = None) -> None:
+        super().__init__(message, hint=hint, where=where)
+        self.errno = errno
+
+
+class AgentError(CprError):
+    """The guest agent could not be used: no answer, nonsense, or it hung up. `address` says which one."""
+
+    def __init__(self, address: str, reason: str, *, hint: str = "") -> None:
+        super().__init__(f"guest agent {address}: {reason}", hint=hint)
+        self.address = address
+        self.reason = reason
+
+
+class AgentTimeout(AgentError):
+    """It did not answer in time: it is not running in the guest, or the guest does not run."""
+
+
 class JournalError(CprError):
     """A journal is unreadable, of another format, or cannot be written."""
 
     code = Exit.FAILED
+
+
+class ManifestError(NotFound):
+    """A manifest is unreadable, of another format, damaged, or not to be trusted: as good as none."""
+
+    where = "the guests' RAM and state files were not touched"

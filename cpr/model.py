@@ -85,6 +85,46 @@ class Backing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PmemRegion:
+    """A region of persistent memory (the kernel's nvdimm bus) and the namespace in it."""
+
+    provider: str
+    """Who described it: `e820` (a memmap= of this boot), `ACPI.NFIT` (a real or emulated NVDIMM), ..."""
+    start: int | None
+    """Physical address; None where it could not be read (root alone may)."""
+    size: int
+    """Bytes of the whole region; the namespace's own book-keeping lies in it."""
+    namespace_uuid: str = ""
+    mode: str = ""
+    """devdax, fsdax, sector or raw."""
+    align: int = 0
+    bus: str = ""
+    region: str = ""
+    namespace: str = ""
+    """Names (ndbus0, region0, namespace0.0) are counted anew at every boot: not part of the identity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """What a path or a descriptor leads to, and on what that lies."""
+
+    kind: Backing
+    path: str = ""
+    filesystem: str = ""
+    """Type: ext4, tmpfs, ...; empty for device DAX."""
+    device: tuple[int, int] = (0, 0)
+    """(major, minor) of the character device, else of the file system (st_dev): counted anew at every boot."""
+    inode: int = 0
+    size: int = 0
+    fs_uuid: str = ""
+    pmem: PmemRegion | None = None
+    disks: tuple[str, ...] = ()
+    """Names of the block devices at the bottom: sda, nvme0n1, pmem0."""
+    volatile: str = ""
+    """Why it is the RAM of this kernel though it looks like a disk, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RamBlock:
     """One memory backend of the guest, and the mapping behind it."""
 
@@ -109,6 +149,8 @@ class RamBlock:
     host_nodes: tuple[int, ...] = ()
     qom_path: str = ""
     in_argv: bool = True
+    storage: Storage | None = None
+    """What is really behind it; read for a reboot only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +282,43 @@ class Supervisor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestAgent:
+    """The guest agent's port, and what answered there."""
+
+    path: str
+    version: str = ""
+    can_suspend: bool = False
+    error: str = ""
+    """Why it could not be asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextKernel:
+    """The kernel that the host is going to jump into, and what a decision about that needs to know."""
+
+    image: str
+    """Empty: none was found."""
+    initrd: str
+    release: str
+    command_line: str
+    missing: tuple[str, ...] = ()
+    """Of the files that were named, those that are not there."""
+    obstacles: tuple[str, ...] = ()
+    """Why no kernel can be loaded, in words."""
+    unsaved: tuple[str, ...] = ()
+    """QEMU processes on this host that are neither going to be saved nor named as lost."""
+    state_directory: str = "/var/lib/cpr"
+    state_directory_free: int | None = None
+    """Bytes; None: not measured."""
+    state_directory_volatile: str = ""
+    """Why what is written there is lost at the jump, in words."""
+    restores_by_itself: bool = True
+    """The unit that restores guests is enabled."""
+    live_update: bool = False
+    """This kernel has /dev/liveupdate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """What a decision needs to know of the host; all sizes in bytes, None where there is no limit."""
 
@@ -334,6 +413,12 @@ class Guest:
     changed_files: tuple[str, ...] = ()
     """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()
+    disks: tuple[Storage, ...] = ()
+    """What its images lie on; read for a reboot only."""
+    agent: GuestAgent | None = None
+    """None: it has no port for one. Asked for a reboot only."""
+    s3_disabled: bool | None = None
+    """Its firmware does not offer suspend to RAM; None: not known."""
 
     @property
     def running(self) -> bool:

@@ -14,7 +14,7 @@ from cpr.model import Host
 def survey_host() -> Host:
     """Read now; the run directory need not exist yet, then what lies above it is measured."""
     directory = run_directory()
-    room = os.statvfs(_existing(directory))
+    room = os.statvfs(existing_directory(directory))
     return Host(
         boot_id=proc.boot_id(),
         uid=os.geteuid(),
@@ -30,7 +30,8 @@ def survey_host() -> Host:
     )
 
 
-def _existing(path: str) -> str:
+def existing_directory(path: str) -> str:
+    """`path`, or the nearest directory above it that is there."""
     while not os.path.isdir(path):
         path = os.path.dirname(path) or "/"
     return path

@@ -1,7 +1,7 @@
 """The pre-check: one function a question, facts in, findings out, no I/O. `docs/blockers.md` explains every id."""
 
 from cpr.checks import memory  # isort: skip - importing registers; this is the order in which findings are told
-from cpr.checks import migration, process, drift, binary, devices, host  # isort: skip
+from cpr.checks import migration, process, drift, binary, devices, host, reboot  # isort: skip
 from cpr.checks.registry import (
     REGISTRY,
     Check,
@@ -12,6 +12,7 @@ from cpr.checks.registry import (
     in_order,
     note,
     run_checks,
+    run_host_checks,
     warning,
 )
 
@@ -31,6 +32,8 @@ __all__ = [
     "migration",
     "note",
     "process",
+    "reboot",
     "run_checks",
+    "run_host_checks",
     "warning",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.checks.registry import blocker, check, note, warning
+from cpr.checks.registry import BOTH, blocker, check, note, warning
 from cpr.checks.words import some
 from cpr.qemu.cmdline import settings
 from cpr.qemu.options import translate
@@ -30,7 +30,7 @@ def binary_same(guest: Guest, target: Target) -> Iterator[Finding]:
         yield note(target.binary.path, f"the guest runs this very QEMU {target.binary.version or ''} already".rstrip())
 
 
-@check("machine-unknown", "A machine type that the new QEMU does not have", ignorable=False)
+@check("machine-unknown", "A machine type that the new QEMU does not have", ignorable=False, modes=BOTH)
 def machine_unknown(guest: Guest, target: Target) -> Iterator[Finding]:
     """Concrete machine types are kept for some years and then removed."""
     known = target.machines | set(target.machine_aliases)
@@ -43,7 +43,7 @@ def machine_unknown(guest: Guest, target: Target) -> Iterator[Finding]:
         )
 
 
-@check("device-unknown", "Device models that the new QEMU does not have", ignorable=False)
+@check("device-unknown", "Device models that the new QEMU does not have", ignorable=False, modes=BOTH)
 def device_unknown(guest: Guest, target: Target) -> Iterator[Finding]:
     """Some come as modules in packages of their own, others were removed from QEMU."""
     missing: dict[str, list[str]] = {}
@@ -58,7 +58,7 @@ def device_unknown(guest: Guest, target: Target) -> Iterator[Finding]:
         )
 
 
-@check("options-removed", "Options that the new QEMU does not know", ignorable=False)
+@check("options-removed", "Options that the new QEMU does not know", ignorable=False, modes=BOTH)
 def options_removed(command: CommandLine, target: Target) -> Iterator[Finding]:
     """What was renamed is translated by asking the new binary; what is left would end its start."""
     if target.options is None:
@@ -74,7 +74,7 @@ def options_removed(command: CommandLine, target: Target) -> Iterator[Finding]:
         yield note("command line", words)
 
 
-@check("start-refused", "The new QEMU does not start with this command line", ignorable=False)
+@check("start-refused", "The new QEMU does not start with this command line", ignorable=False, modes=BOTH)
 def start_refused(rehearsal: Rehearsal) -> Iterator[Finding]:
     """Rehearsed with null back ends and throw-away RAM; QEMU's own words."""
     if not rehearsal.started:
@@ -85,7 +85,7 @@ def start_refused(rehearsal: Rehearsal) -> Iterator[Finding]:
         )
 
 
-@check("cpu-differs", "CPU features that differ in the new QEMU")
+@check("cpu-differs", "CPU features that differ in the new QEMU", modes=BOTH)
 def cpu_differs(rehearsal: Rehearsal) -> Iterator[Finding]:
     """The guest keeps what it has seen in CPUID at its boot; the new vCPUs may not have it."""
     if rehearsal.cpu_differences:
@@ -96,7 +96,7 @@ def cpu_differs(rehearsal: Rehearsal) -> Iterator[Finding]:
         )
 
 
-@check("accelerator-changes", "Another accelerator", ignorable=False)
+@check("accelerator-changes", "Another accelerator", ignorable=False, modes=BOTH)
 def accelerator_changes(guest: Guest, command: CommandLine, rehearsal: Rehearsal | None = None) -> Iterator[Finding]:
     """vCPU state moves between TCG and KVM neither safely nor at a speed that anybody wants."""
     there = rehearsal.accelerator if rehearsal else ""

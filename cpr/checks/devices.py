@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.checks.registry import blocker, check, note, warning
+from cpr.checks.registry import BOTH, blocker, check, note, warning
 from cpr.checks.words import some
 from cpr.qemu.cmdline import displays
 
@@ -130,7 +130,7 @@ def vnc_client(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("vnc-password", "A VNC password that was set over QMP")
+@check("vnc-password", "A VNC password that was set over QMP", modes=BOTH)
 def vnc_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """Nobody can read it back. Until it is set again nobody can log in."""
     given = {d.vnc.id for d in displays(command) if d.vnc is not None and d.vnc.password_secret}

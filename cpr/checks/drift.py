@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from cpr.checks.command import absolute
-from cpr.checks.registry import blocker, check
+from cpr.checks.registry import BOTH, blocker, check
 from cpr.checks.words import size, some
 from cpr.qemu.cmdline import CommandLineError, devices, drives, objects, parse_size, settings
 
@@ -25,7 +25,7 @@ UNPLUG = "unplug it (device_del), or start the guest with it on the command line
 PLUG = "plug it in again the same way, or start the guest without it the next time"
 
 
-@check("drift-memory", "Memory that was plugged in since the start", ignorable=False)
+@check("drift-memory", "Memory that was plugged in since the start", ignorable=False, modes=BOTH)
 def drift_memory(guest: Guest) -> Iterator[Finding]:
     """Every block of RAM is on the command line."""
     for block in guest.ram:
@@ -37,7 +37,7 @@ def drift_memory(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("drift-device", "Devices that were plugged in or out since the start", ignorable=False)
+@check("drift-device", "Devices that were plugged in or out since the start", ignorable=False, modes=BOTH)
 def drift_device(guest: Guest, command: CommandLine, rehearsal: Rehearsal | None = None) -> Iterator[Finding]:
     """The devices are those that a start with this command line makes; those without an id are counted by type."""
     now = [d for d in guest.devices if not _is_cpu(d.type)]
@@ -65,7 +65,7 @@ def _by_type(now: Iterable[Device], fresh: Iterable[Device]) -> Iterator[Finding
             )
 
 
-@check("drift-cpu", "CPUs that were plugged in or out since the start", ignorable=False)
+@check("drift-cpu", "CPUs that were plugged in or out since the start", ignorable=False, modes=BOTH)
 def drift_cpu(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """As many vCPUs as -smp and -device say."""
     wanted = _cpus(command)
@@ -100,7 +100,7 @@ def _is_cpu(kind: str) -> bool:
     return kind.endswith(("-cpu", "-cpu-core"))
 
 
-@check("drift-object", "I/O threads that were made since the start", ignorable=False)
+@check("drift-object", "I/O threads that were made since the start", ignorable=False, modes=BOTH)
 def drift_object(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """Every iothread is on the command line."""
     there = {o.id for o in objects(command) if o.qom_type == "iothread"}
@@ -109,7 +109,7 @@ def drift_object(guest: Guest, command: CommandLine) -> Iterator[Finding]:
             yield blocker(name, f"iothread {name} was made while the guest ran and is not on the command line", UNPLUG)
 
 
-@check("drift-chardev", "Chardevs that were made since the start", ignorable=False)
+@check("drift-chardev", "Chardevs that were made since the start", ignorable=False, modes=BOTH)
 def drift_chardev(guest: Guest, rehearsal: Rehearsal | None = None) -> Iterator[Finding]:
     """Every chardev is on the command line, or one that QEMU makes by itself (the gdb stub's `#chr7` among them)."""
     fresh = set(rehearsal.chardevs) if rehearsal is not None and rehearsal.started else set()
@@ -123,7 +123,7 @@ def drift_chardev(guest: Guest, rehearsal: Rehearsal | None = None) -> Iterator[
             )
 
 
-@check("drift-netdev", "Network back ends that were made since the start", ignorable=False)
+@check("drift-netdev", "Network back ends that were made since the start", ignorable=False, modes=BOTH)
 def drift_netdev(guest: Guest) -> Iterator[Finding]:
     """Every network back end is on the command line."""
     for netdev in guest.netdevs:
@@ -136,7 +136,7 @@ def drift_netdev(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("snapshot-mode", "Writes that go to a temporary file", ignorable=False)
+@check("snapshot-mode", "Writes that go to a temporary file", ignorable=False, modes=BOTH)
 def snapshot_mode(command: CommandLine) -> Iterator[Finding]:
     """-snapshot, snapshot=on: the temporary file is unlinked, and a new QEMU would make an empty one."""
     if settings(command).snapshot:
@@ -156,7 +156,7 @@ def snapshot_mode(command: CommandLine) -> Iterator[Finding]:
             )
 
 
-@check("drift-chain", "Drives that use another file than the command line says", ignorable=False)
+@check("drift-chain", "Drives that use another file than the command line says", ignorable=False, modes=BOTH)
 def drift_chain(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """The active layer of every drive is named by argv, and every file of argv is in use.
 
@@ -212,7 +212,7 @@ def _temporary(chain: BlockChain, command: CommandLine) -> bool:
     )
 
 
-@check("throttle-set", "I/O limits that were set since the start")
+@check("throttle-set", "I/O limits that were set since the start", modes=BOTH)
 def throttle_set(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """block_set_io_throttle is not on the command line."""
     for chain in guest.chains:

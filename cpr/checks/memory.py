@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.checks.registry import blocker, check, note
+from cpr.checks.registry import BOTH, blocker, check, note
 from cpr.checks.words import size
 from cpr.model import Backing
 from cpr.qemu.cmdline import devices
@@ -84,7 +84,7 @@ def ram_fd_missing(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("ram-discarded-at-exit", "RAM that QEMU throws away when it ends")
+@check("ram-discarded-at-exit", "RAM that QEMU throws away when it ends", modes=BOTH)
 def ram_discarded_at_exit(guest: Guest) -> Iterator[Finding]:
     """discard-data=on punches the pages out of the shared file at exit: on every version, measured."""
     for block in guest.ram:
@@ -105,7 +105,7 @@ VIRTIO_MEM_KEEPS = (8, 1)
 "x-ignore-shared" migration"); before it the device's start throws the pages away. Nothing that can be asked tells."""
 
 
-@check("writes-ram-at-start", "Options with which the new QEMU would write into the guest's RAM", ignorable=False)
+@check("writes-ram-at-start", "Options by which the new QEMU would write guest RAM", ignorable=False, modes=BOTH)
 def writes_ram_at_start(
     command: CommandLine, target: Target | None = None, rehearsal: Rehearsal | None = None
 ) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.checks.registry import blocker, check, warning
+from cpr.checks.registry import BOTH, blocker, check, warning
 from cpr.checks.words import some
 from cpr.errors import MonitorHeld
 from cpr.model import Finding, Runstate, Severity
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cpr.errors import MonitorError
-    from cpr.model import Guest, Target
+    from cpr.model import Guest, NextKernel, Target
 
 IGNORE_SHARED = "x-ignore-shared"
 """The capability by which the stream leaves shared RAM out (QEMU 4.0)."""
@@ -26,7 +26,7 @@ MONITOR_HINT = (
 )
 
 
-@check("no-monitor", "No QMP monitor can be reached", ignorable=False)
+@check("no-monitor", "No QMP monitor can be reached", ignorable=False, modes=BOTH)
 def no_monitor(guest: Guest) -> Iterator[Finding]:
     """Everything is asked of QEMU over QMP."""
     if guest.monitor is None:
@@ -35,7 +35,7 @@ def no_monitor(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("monitor-held", "Another client holds the only monitor", ignorable=False)
+@check("monitor-held", "Another client holds the only monitor", ignorable=False, modes=BOTH)
 def monitor_held(guest: Guest) -> Iterator[Finding]:
     """A QMP monitor serves one client at a time."""
     if guest.monitor is None:
@@ -73,10 +73,16 @@ def monitor_finding(error: MonitorError, unreadable: tuple[str, ...] = ()) -> Fi
     )
 
 
-@check("not-migratable", "QEMU itself refuses to give the state away", ignorable=False)
-def not_migratable(guest: Guest) -> Iterator[Finding]:
-    """`blocked-reasons` of query-migrate (QEMU 6.0), in QEMU's own words."""
+@check("not-migratable", "QEMU itself refuses to give the state away", ignorable=False, modes=BOTH)
+def not_migratable(guest: Guest, kexec: NextKernel | None = None) -> Iterator[Finding]:
+    """`blocked-reasons` of query-migrate (QEMU 6.0), in QEMU's own words.
+
+    They are those of the mode that is set. VFIO's are others in mode cpr-reboot (migrate_add_blocker_modes, QEMU 9.0),
+    where `vfio-no-agent` speaks of it.
+    """
     for reason in guest.blocked_reasons:
+        if kexec is not None and "VFIO" in reason.upper():
+            continue
         yield blocker(
             "migration",
             f'QEMU says: "{reason}"',
@@ -84,7 +90,7 @@ def not_migratable(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("stream-cannot-skip", "A QEMU that cannot leave RAM out of the stream", ignorable=False)
+@check("stream-cannot-skip", "A QEMU that cannot leave RAM out of the stream", ignorable=False, modes=BOTH)
 def stream_cannot_skip(guest: Guest, target: Target) -> Iterator[Finding]:
     """x-ignore-shared on both sides."""
     known = {name for name, _ in guest.capabilities}
@@ -98,7 +104,7 @@ def stream_cannot_skip(guest: Guest, target: Target) -> Iterator[Finding]:
             )
 
 
-@check("busy-migration", "A migration is going on", ignorable=False)
+@check("busy-migration", "A migration is going on", ignorable=False, modes=BOTH)
 def busy_migration(guest: Guest) -> Iterator[Finding]:
     """Somebody moves or saves the guest."""
     if guest.migration not in IDLE:
@@ -109,7 +115,7 @@ def busy_migration(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("busy-job", "A block job is going on", ignorable=False)
+@check("busy-job", "A block job is going on", ignorable=False, modes=BOTH)
 def busy_job(guest: Guest) -> Iterator[Finding]:
     """A backup, mirror, commit or stream would be cut off, and may leave half a file."""
     for job in guest.jobs:
@@ -139,7 +145,7 @@ _STATES = {
 }
 
 
-@check("guest-state", "A state in which a guest cannot be moved", ignorable=False)
+@check("guest-state", "A state in which a guest cannot be moved", ignorable=False, modes=BOTH)
 def guest_state(guest: Guest) -> Iterator[Finding]:
     """Running and paused guests can; a paused one is paused after the update."""
     if guest.runstate in (Runstate.RUNNING, Runstate.PAUSED):
@@ -149,7 +155,7 @@ def guest_state(guest: Guest) -> Iterator[Finding]:
     yield blocker(guest.runstate, f"the guest is in state {guest.runstate}: {why}", way_out)
 
 
-@check("capability-left-on", "x-ignore-shared was left on")
+@check("capability-left-on", "x-ignore-shared was left on", modes=BOTH)
 def capability_left_on(guest: Guest) -> Iterator[Finding]:
     """With it on, a save or migration by somebody else succeeds without the RAM."""
     if (IGNORE_SHARED, True) in guest.capabilities:

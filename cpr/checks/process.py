@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpr.checks.command import parse
-from cpr.checks.registry import blocker, check, note
+from cpr.checks.registry import BOTH, blocker, check, note
 from cpr.checks.words import some
 from cpr.qemu.cmdline import CommandLineError, settings
 
@@ -40,7 +40,7 @@ def supervised(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("privileges", "An ability that is missing", ignorable=False)
+@check("privileges", "An ability that is missing", ignorable=False, modes=BOTH)
 def privileges(guest: Guest, host: Host) -> Iterator[Finding]:
     """Descriptors can be taken from the process, and a process of its user can be made."""
     capable = frozenset(host.capabilities)
@@ -61,7 +61,7 @@ def privileges(guest: Guest, host: Host) -> Iterator[Finding]:
         yield blocker(what, f"{what} could not be read, and nothing is updated on a guess", "run cpr as root")
 
 
-@check("limits", "Limits that cannot be given to the new QEMU", ignorable=False)
+@check("limits", "Limits that cannot be given to the new QEMU", ignorable=False, modes=BOTH)
 def limits(guest: Guest, host: Host) -> Iterator[Finding]:
     """A hard limit above our own can only be set with CAP_SYS_RESOURCE."""
     if "CAP_SYS_RESOURCE" in host.capabilities:
@@ -78,7 +78,7 @@ def limits(guest: Guest, host: Host) -> Iterator[Finding]:
             )
 
 
-@check("command-line", "A command line that cannot be understood", ignorable=False)
+@check("command-line", "A command line that cannot be understood", ignorable=False, modes=BOTH)
 def command_line(guest: Guest) -> Iterator[Finding]:
     """Every option is known, so that it can be edited for the new QEMU."""
     try:
@@ -91,7 +91,7 @@ def command_line(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("chroot", "The guest runs in a chroot of its own", ignorable=False)
+@check("chroot", "The guest runs in a chroot of its own", ignorable=False, modes=BOTH)
 def chroot(command: CommandLine) -> Iterator[Finding]:
     """-chroot is done after the files are opened: a new QEMU in that root would not find them."""
     directory = settings(command).chroot
@@ -103,7 +103,7 @@ def chroot(command: CommandLine) -> Iterator[Finding]:
         )
 
 
-@check("file-gone", "Files of the command line that are not there any more")
+@check("file-gone", "Files of the command line that are not there any more", modes=BOTH)
 def file_gone(guest: Guest) -> Iterator[Finding]:
     """Firmware, secrets and images are read again by the new QEMU."""
     for path in guest.gone_files:
@@ -115,7 +115,7 @@ def file_gone(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("config-changed", "Configuration files that were changed since the start")
+@check("config-changed", "Configuration files that were changed since the start", modes=BOTH)
 def config_changed(guest: Guest) -> Iterator[Finding]:
     """A -readconfig file is read again; what it says now is not what the guest was started with."""
     for path in guest.changed_files:
@@ -126,7 +126,7 @@ def config_changed(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("loadvm", "-loadvm is left out")
+@check("loadvm", "-loadvm is left out", modes=BOTH)
 def loadvm(command: CommandLine) -> Iterator[Finding]:
     """The guest began from a snapshot; the new QEMU goes on from its present state."""
     name = settings(command).loadvm
@@ -134,7 +134,7 @@ def loadvm(command: CommandLine) -> Iterator[Finding]:
         yield note(name, "-loadvm is left out of the new command line: the guest goes on from its present state")
 
 
-@check("added-options", "Options that an earlier update added")
+@check("added-options", "Options that an earlier update added", modes=BOTH)
 def added_options(guest: Guest) -> Iterator[Finding]:
     """--qemu-option of the last update does not stay by itself: each update says anew what to add."""
     if guest.added_options:

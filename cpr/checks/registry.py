@@ -6,10 +6,11 @@
             if not block.shared:
                 yield blocker(block.id, "...", "...")
 
-A check is a pure function. It names the facts it wants as parameters: `guest`, `host`, `target`, `rehearsal`, and
-`command` (the guest's command line, parsed). A check whose facts are not there (no target was asked, nothing was
-rehearsed, the command line cannot be read) is not run; a parameter with a default is a fact it can do without. The id
-and whether it may be ignored are stamped on the findings here, so that they are said once.
+A check is a pure function. It names the facts it wants as parameters: `guest`, `host`, `target`, `rehearsal`,
+`command` (the guest's command line, parsed), and `kexec` (the next kernel, where there is going to be one). A check
+whose facts are not there (no target was asked, nothing was rehearsed, the command line cannot be read) is not run; a
+parameter with a default is a fact it can do without. The id and whether it may be ignored are stamped on the findings
+here, so that they are said once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from cpr.model import Finding, Severity
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from cpr.model import Guest, Host, Rehearsal, Target
+    from cpr.model import Guest, Host, NextKernel, Rehearsal, Target
 
-FACTS = ("guest", "host", "target", "rehearsal", "command")
+FACTS = ("guest", "host", "target", "rehearsal", "command", "kexec")
 RESTART = "restart"
 REBOOT = "reboot"
+BOTH = (RESTART, REBOOT)
 
 _ORDER = {Severity.BLOCKER: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
@@ -130,6 +132,7 @@ def run_checks(
     rehearsal: Rehearsal | None,
     *,
     mode: str = RESTART,
+    kexec: NextKernel | None = None,
 ) -> tuple[Finding, ...]:
     """Ask everything at once. Blockers come first, then warnings, then notes; within each the registry's order."""
     facts = {
@@ -138,9 +141,16 @@ def run_checks(
         "target": target,
         "rehearsal": rehearsal,
         "command": command_of(guest),
+        "kexec": kexec,
     }
     found = [f for one in REGISTRY.values() if mode in one.modes for f in one.findings(facts)]
     return in_order(found)
+
+
+def run_host_checks(host: Host, kexec: NextKernel) -> tuple[Finding, ...]:
+    """What concerns no single guest of a reboot: to be asked once, whatever guests there are."""
+    facts = {"host": host, "kexec": kexec}
+    return in_order(f for one in REGISTRY.values() if REBOOT in one.modes for f in one.findings(facts))
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

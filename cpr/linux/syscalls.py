@@ -13,20 +13,53 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_BIG_WORD = sys.byteorder == "big" and os.uname().machine not in ("s390x",)
+"""f_type of struct statfs is a word of 8 bytes, but of 4 on s390x (arch/s390/include/uapi/asm/statfs.h)."""
 
 _MACHINE = os.uname().machine
-_GENERIC = {"kcmp": 272, "sched_setattr": 274, "sched_getattr": 275, "ioprio_set": 30, "ioprio_get": 31}
+_GENERIC = {
+    "kcmp": 272,
+    "sched_setattr": 274,
+    "sched_getattr": 275,
+    "ioprio_set": 30,
+    "ioprio_get": 31,
+    "statx": 291,
+    "kexec_file_load": 294,
+    "kexec_load": 104,
+}
 _NUMBERS: dict[str, dict[str, int]] = {
-    "x86_64": {"kcmp": 312, "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252},
-    "s390x": {"kcmp": 343, "sched_setattr": 345, "sched_getattr": 346, "ioprio_set": 282, "ioprio_get": 283},
+    "x86_64": {
+        "kcmp": 312,
+        "sched_setattr": 314,
+        "sched_getattr": 315,
+        "ioprio_set": 251,
+        "ioprio_get": 252,
+        "statx": 332,
+        "kexec_file_load": 320,
+        "kexec_load": 246,
+    },
+    "s390x": {
+        "kcmp": 343,
+        "sched_setattr": 345,
+        "sched_getattr": 346,
+        "ioprio_set": 282,
+        "ioprio_get": 283,
+        "statx": 379,
+        "kexec_file_load": 381,
+        "kexec_load": 277,
+    },
     "ppc64le": {
         "kcmp": 354,
         "sched_setattr": 355,
         "sched_getattr": 356,
         "ioprio_set": 273,
         "ioprio_get": 274,
+        "statx": 383,
+        "kexec_file_load": 382,
+        "kexec_load": 268,
     },
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
@@ -75,15 +108,25 @@ SCHED_FLAG_RESET_ON_FORK = 1
 
 KCMP_FILE = 0
 
+AT_FDCWD = -100
+STATX_MNT_ID = 0x00001000
+STATX_ATTR_DAX = 0x00200000
+
+KEXEC_FILE_UNLOAD = 0x00000001
+KEXEC_FILE_NO_INITRAMFS = 0x00000004
+
+LINUX_REBOOT_CMD_KEXEC = 0x45584543
+
 TUNGETIFF = 0x800454D2
 TIOCGPTN = 0x80045430
+FS_IOC_GETFSUUID = 0x80111500
 IFF_TUN = 0x0001
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 IFF_MULTI_QUEUE = 0x0100
 if _MACHINE.startswith("ppc"):
-    TUNGETIFF, TIOCGPTN = 0x400454D2, 0x40045430
+    TUNGETIFF, TIOCGPTN, FS_IOC_GETFSUUID = 0x400454D2, 0x40045430, 0x40111500
 
 
 def _checked(result: int, call: str) -> int:
@@ -200,6 +243,62 @@ def execve(path: bytes, argv: list[bytes], environ: list[bytes]) -> None:
     arguments = (ctypes.c_char_p * (len(argv) + 1))(*argv, None)
     environment = (ctypes.c_char_p * (len(environ) + 1))(*environ, None)
     _checked(_libc.execve(ctypes.c_char_p(path), arguments, environment), "execve")
+
+
+def statfs_type(path: str) -> int:
+    """f_type of statfs(2): the magic number of the file system that `path` lies on (include/uapi/linux/magic.h)."""
+    buffer = ctypes.create_string_buffer(256)
+    _checked(_libc.statfs(ctypes.c_char_p(os.fsencode(path)), buffer), "statfs")
+    return int(struct.unpack_from("=I", buffer.raw, 4 if _BIG_WORD else 0)[0])
+
+
+def statx_extra(path: str) -> tuple[int, int, int | None]:
+    """(attributes, attributes_mask, mount id) of statx(2), which follows links; None before kernel 5.8."""
+    buffer = ctypes.create_string_buffer(256)
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    syscall(_number("statx"), AT_FDCWD, name, 0, STATX_MNT_ID, buffer, call="statx")
+    mask, _, attributes = struct.unpack_from("=IIQ", buffer.raw, 0)
+    (supported,) = struct.unpack_from("=Q", buffer.raw, 0x38)
+    (mount,) = struct.unpack_from("=Q", buffer.raw, 0x90)
+    return int(attributes), int(supported), int(mount) if mask & STATX_MNT_ID else None
+
+
+def kexec_file_load(kernel_fd: int, initrd_fd: int, command_line: bytes, flags: int) -> None:
+    """kexec_file_load(2), kernel 3.17: the kernel reads, verifies and places the image. The descriptors stay ours.
+
+    `command_line` is given without its closing NUL byte.
+    """
+    text = ctypes.create_string_buffer(command_line)
+    length = len(command_line) + 1
+    syscall(_number("kexec_file_load"), kernel_fd, initrd_fd, length, text, flags, call="kexec_file_load")
+
+
+def kexec_refusal(call: str) -> int:
+    """The errno with which kexec_file_load(2) or kexec_load(2) refuses flags that no kernel knows; loads nothing.
+
+    EINVAL: it got as far as the flags, so that it is there and we may (kernel/kexec_file.c, kernel/kexec.c: permission
+    is asked first). EPERM, ENOSYS: it is not. Should a kernel come to know the flags, no descriptor is right and a
+    million segments are too many.
+    """
+    try:
+        if call == "kexec_file_load":
+            syscall(_number(call), -1, -1, 0, 0, 1 << 62, call=call)
+        else:
+            syscall(_number("kexec_load"), 0, 1 << 20, 0, 0x8000, call=call)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def reboot(command: int) -> None:
+    """reboot(2). With LINUX_REBOOT_CMD_KEXEC it does not return, and syncs nothing."""
+    _checked(_libc.reboot(ctypes.c_int(command)), "reboot")
+
+
+def fs_uuid(fd: int) -> bytes:
+    """FS_IOC_GETFSUUID (kernel 6.9): the UUID of the file system that a descriptor lies on. OSError: it tells none."""
+    answer = fcntl.ioctl(fd, FS_IOC_GETFSUUID, bytes(17))
+    return bytes(answer[1 : 1 + answer[0]])
 
 
 def tun_interface(fd: int) -> tuple[str, int]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cpr.linux.dax import is_device_dax
+from cpr.linux.mounts import parse_mountinfo
 from cpr.model import Backing, RamBlock
 from cpr.qemu.answers import flag, number, numbers, text
 from cpr.qemu.ram_addresses import addresses_by_probing, host_addresses
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from cpr.linux.fds import OpenDescriptor
+    from cpr.linux.mounts import Mount
     from cpr.linux.proc import Mapping as MapsEntry
     from cpr.qemu.answers import Answers
 
@@ -50,16 +53,6 @@ class Backend:
     host_nodes: tuple[int, ...] = ()
     discard_data: bool = False
     hugetlb: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
-    """A line of /proc/PID/mountinfo: what stands behind a device number."""
-
-    device: tuple[int, int]
-    type: str
-    options: frozenset[str]
-    """Of the file system itself (the last column)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,30 +219,6 @@ def _backing(
     if mount.type == "hugetlbfs":
         return Backing.HUGETLB
     return Backing.FSDAX if mount.options & {"dax", "dax=always"} else Backing.DISK_FILE
-
-
-def parse_mountinfo(printed: str) -> tuple[Mount, ...]:
-    """/proc/PID/mountinfo (proc(5)): id, parent, device, root, mount point, options, ..., -, type, source, options."""
-    found = []
-    for line in printed.splitlines():
-        before, dash, after = line.partition(" - ")
-        words, rest = before.split(), after.split()
-        major, colon, minor = words[2].partition(":") if len(words) > 2 else ("", "", "")
-        if dash and colon and rest and major.isdigit() and minor.isdigit():
-            options = rest[2] if len(rest) > 2 else ""
-            found.append(
-                Mount(device=(int(major), int(minor)), type=rest[0], options=frozenset(options.split(",")))
-            )
-    return tuple(found)
-
-
-def is_device_dax(rdev: int) -> bool:
-    """Whether a character device is device DAX: its place in sysfs says so, its name does not."""
-    try:
-        place = os.path.realpath(f"/sys/dev/char/{os.major(rdev)}:{os.minor(rdev)}/subsystem")
-    except OSError:
-        return False
-    return os.path.basename(place) == "dax"
 
 
 def ram_blocks(

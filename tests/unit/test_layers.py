@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "cpr").rglob("*.py"))
 LONGEST = 450
-LONGER = {"cpr/model.py": 550}
+LONGER = {"cpr/model.py": 640}
 """The nouns stand in one place, and half of that file is what they mean."""
 
 ONLY = {
@@ -28,10 +28,18 @@ ONLY = {
 FORBIDDEN = {
     "cpr.model": ("cpr*",),
     "cpr.errors": ("cpr*",),
-    "cpr.linux*": ("cpr.qemu*", "cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan"),
-    "cpr.qemu*": ("cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.keeper"),
-    "cpr.engines*": ("cpr.app*", "cpr.cli*", "cpr.checks*"),
-    "cpr.checks*": ("cpr.app*", "cpr.cli*", "cpr.engines*", "cpr.run", "cpr.plan", "cpr.linux*", "cpr.qemu.qmp"),
+    "cpr.kernelargs": ("cpr*",),
+    "cpr.linux*": (
+        *("cpr.qemu*", "cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.reboot*"),
+    ),
+    "cpr.qemu*": (
+        *("cpr.engines*", "cpr.checks*", "cpr.app*", "cpr.cli*", "cpr.run", "cpr.plan", "cpr.keeper", "cpr.reboot*"),
+    ),
+    "cpr.engines*": ("cpr.app*", "cpr.cli*", "cpr.checks*", "cpr.reboot*"),
+    "cpr.reboot*": ("cpr.app*", "cpr.cli*"),
+    "cpr.checks*": (
+        *("cpr.app*", "cpr.cli*", "cpr.engines*", "cpr.run", "cpr.plan", "cpr.linux*", "cpr.qemu.qmp", "cpr.reboot*"),
+    ),
     "cpr.[!c_]*": ("cpr.cli*",),
     "cpr.config": ("cpr.cli*", "cpr.app*"),
 }
@@ -102,6 +110,8 @@ def test_length(path: Path) -> None:
         ("cpr.checks.memory", "from cpr.qemu.cmdline import devices", False),
         ("cpr.checks.memory", "from cpr.linux import proc", True),
         ("cpr.app.update", "from cpr.cli import output", True),
+        ("cpr.reboot.manifest", "from cpr.linux import traits", False),
+        ("cpr.checks.reboot", "from cpr.reboot import manifest", True),
     ],
 )
 def test_the_rules_bite(name: str, source: str, speaks: bool) -> None:

@@ -6,7 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from cpr.checks import run_checks
-from cpr.model import Chardev, Device, Finding, Guest, Host, MonitorAddress, Netdev, Rehearsal, Target, VncServer
+from cpr.model import (
+    Backing,
+    Chardev,
+    Device,
+    Finding,
+    Guest,
+    Host,
+    MonitorAddress,
+    Netdev,
+    NextKernel,
+    PmemRegion,
+    Rehearsal,
+    Storage,
+    Target,
+    VncServer,
+)
 from tests.unit import values
 
 MIB = 1 << 20
@@ -50,6 +65,21 @@ def rehearsal(**changes: Any) -> Rehearsal:
     return Rehearsal(**{**known, **changes})
 
 
+def next_kernel(**changes: Any) -> NextKernel:
+    """One to which nothing stands in the way, and that leaves the memory of `DEVDAX` alone."""
+    known: dict[str, Any] = {
+        "image": "/boot/vmlinuz-7.2",
+        "initrd": "/boot/initrd.img-7.2",
+        "release": "7.2",
+        "command_line": "ro memmap=1G!4G",
+    }
+    return NextKernel(**{**known, **changes})
+
+
+REGION = PmemRegion(provider="e820", start=4 * GIB, size=GIB, namespace_uuid="u", mode="devdax")
+DEVDAX = Storage(kind=Backing.DEVDAX, path="/dev/dax0.0", device=(252, 0), size=GIB, pmem=REGION)
+
+
 def chardev(label: str = "serial0", **changes: Any) -> Chardev:
     known: dict[str, Any] = {
         "label": label,
@@ -79,7 +109,8 @@ def monitor() -> MonitorAddress:
     return MonitorAddress(label="mon0", path="/run/web1.qmp")
 
 
-def said(check: str, *, of: Guest, **facts: Any) -> list[Finding]:
+def said(check: str, *, of: Guest, mode: str = "restart", **facts: Any) -> list[Finding]:
     """What one check says, the other facts being as they should be."""
-    known: dict[str, Any] = {"host": host(), "target": target(), "rehearsal": rehearsal(), **facts}
-    return [f for f in run_checks(of, known["host"], known["target"], known["rehearsal"]) if f.check == check]
+    known: dict[str, Any] = {"host": host(), "target": target(), "rehearsal": rehearsal(), "kexec": None, **facts}
+    found = run_checks(of, known["host"], known["target"], known["rehearsal"], mode=mode, kexec=known["kexec"])
+    return [f for f in found if f.check == check]

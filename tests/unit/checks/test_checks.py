@@ -7,11 +7,38 @@ from typing import Any
 
 import pytest
 
-from cpr.checks import REGISTRY
-from cpr.model import Backing, BlockChain, BlockNode, Guest, OpenFile, Severity, Supervisor, Vcpu
+from cpr.checks import REGISTRY, run_checks
+from cpr.model import (
+    Backing,
+    BlockChain,
+    BlockNode,
+    Guest,
+    GuestAgent,
+    NextKernel,
+    OpenFile,
+    Severity,
+    Storage,
+    Supervisor,
+    Vcpu,
+)
 from cpr.qemu.options import OptionKnowledge
 from tests.unit import values
-from tests.unit.checks.facts import GIB, MIB, chardev, device, guest, host, netdev, rehearsal, said, target, vnc
+from tests.unit.checks.facts import (
+    DEVDAX,
+    GIB,
+    MIB,
+    REGION,
+    chardev,
+    device,
+    guest,
+    host,
+    netdev,
+    next_kernel,
+    rehearsal,
+    said,
+    target,
+    vnc,
+)
 
 B, W, N = Severity.BLOCKER, Severity.WARNING, Severity.NOTE
 
@@ -334,7 +361,88 @@ HOST = [
     Case("room-fds", "unlimited", guest(limits={"RLIMIT_NOFILE": (-1, -1)})),
 ]  # fmt: skip
 
-CASES = [*MEMORY, *MIGRATION, *PROCESS, *DRIFT, *BINARY, *DEVICES, *HOST]
+
+
+def over(check: str, what: str, of: Guest, expected: Any = (), kexec: NextKernel | None = None) -> Case:
+    """A case of a reboot; its guest has RAM on device DAX where it is not said otherwise."""
+    return Case(check, what, of, list(expected), {"mode": "reboot", "kexec": kexec or next_kernel()})
+
+
+def dax(**changes: Any) -> Any:
+    return ram(**{"backing": Backing.DEVDAX, "path": "/dev/dax0.0", "fd": None, "storage": DEVDAX, **changes})
+
+
+def on_dax(*more: str, **changes: Any) -> Guest:
+    return guest(*more, **{"ram": (dax(),), **changes})
+
+
+AGENT = GuestAgent(path="/run/qga", version="10.0", can_suspend=True)
+NVME = (device("vfio-pci", "nvme0"),)
+DISK = Storage(kind=Backing.DISK_FILE, path="/vm/ram0", filesystem="ext4", disks=("sda",))
+BARE = next_kernel(command_line="ro quiet")
+MDEV = "/sys/bus/mdev/devices/83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+RAM_KINDS = (Backing.ANONYMOUS, Backing.MEMFD, Backing.TMPFS, Backing.HUGETLB, Backing.GUEST_MEMFD, Backing.UNKNOWN)
+
+KEXEC = [
+    *(over("ram-volatile-over-kexec", str(kind), guest(ram=(ram(backing=kind),)), [(B, "ram0")]) for kind in RAM_KINDS),
+    over("ram-volatile-over-kexec", "devdax", on_dax()),
+    over("ram-volatile-over-kexec", "private devdax", guest(ram=(dax(shared=False),)), [(B, "ram0")]),
+    over("ram-volatile-over-kexec", "devdax of which nothing is known", guest(ram=(dax(storage=None),)), [(B, "ram0")]),
+    over("ram-volatile-over-kexec", "a regular file called /dev/dax0.0",
+         guest(ram=(dax(storage=Storage(kind=Backing.TMPFS, path="/dev/dax0.0")),)), [(B, "ram0")]),
+    over("ram-volatile-over-kexec", "a file on a disk", guest(ram=(dax(storage=DISK),))),
+    over("ram-volatile-over-kexec", "a file on a RAM disk",
+         guest(ram=(dax(storage=replace(DISK, volatile="it lies on ram0")),)), [(B, "ram0")]),
+    over("ram-volatile-over-kexec", "each at fault is named",
+         guest(ram=(dax(id="a"), ram("b"), ram("c", backing=Backing.TMPFS))), [(B, "b"), (B, "c")]),
+    over("ram-volatile-over-kexec", "only memmap is missing", on_dax(), [], BARE),
+    over("memmap-missing", "it is", on_dax(), [(B, "ram0")], BARE),
+    over("memmap-missing", "another range", on_dax(), [(B, "ram0")], next_kernel(command_line="memmap=512M!4G")),
+    over("memmap-missing", "it is there", on_dax()),
+    over("memmap-missing", "an NVDIMM needs none",
+         guest(ram=(dax(storage=replace(DEVDAX, pmem=replace(REGION, provider="ACPI.NFIT"))),)), [], BARE),
+    over("memmap-missing", "a private mapping is lost anyhow", guest(ram=(dax(shared=False),)), [], BARE),
+    over("ram-on-disk", "it is", guest(ram=(dax(storage=DISK),)), [(W, "ram0")]),
+    over("ram-on-disk", "devdax", on_dax()),
+    over("disk-volatile-over-kexec", "tmpfs",
+         on_dax(disks=(Storage(kind=Backing.TMPFS, path="/dev/shm/disk"),)), [(B, "/dev/shm/disk")]),
+    over("disk-volatile-over-kexec", "a RAM disk",
+         on_dax(disks=(replace(DISK, path="/dev/ram0", volatile="it is RAM"),)), [(B, "/dev/ram0")]),
+    over("disk-volatile-over-kexec", "disks",
+         on_dax(disks=(DISK, Storage(kind=Backing.UNKNOWN, path="nbd://host/x")))),
+    over("kexec-impossible", "it is", on_dax(), [(B, "kexec")], next_kernel(obstacles=("built without kexec",))),
+    over("kexec-impossible", "it is not", on_dax()),
+    over("kexec-kernel-missing", "a file is", on_dax(), [(B, "/boot/x")], next_kernel(missing=("/boot/x",))),
+    over("kexec-kernel-missing", "none installed", on_dax(), [(B, "kernel")], next_kernel(image="")),
+    over("kexec-kernel-missing", "no initrd", on_dax(), [(W, "/boot/vmlinuz-7.2")], next_kernel(initrd="")),
+    over("kexec-kernel-missing", "all there", on_dax()),
+    over("guest-not-saved", "two of them", on_dax(), [(B, "db1"), (B, "pid 7")], next_kernel(unsaved=("db1", "pid 7"))),
+    over("guest-not-saved", "none", on_dax()),
+    over("room-state", "full", on_dax(), [(B, "/var/lib/cpr")], next_kernel(state_directory_free=MIB)),
+    over("room-state", "on tmpfs", on_dax(), [(B, "/var/lib/cpr")], next_kernel(state_directory_volatile="tmpfs")),
+    over("room-state", "enough", on_dax(), [], next_kernel(state_directory_free=GIB)),
+    over("restore-not-enabled", "it is not", on_dax(), [(B, "cpr-restore.service")],
+         next_kernel(restores_by_itself=False)),
+    over("restore-not-enabled", "it is", on_dax()),
+    over("live-update", "a memfd", guest(), [(N, "/dev/liveupdate")], next_kernel(live_update=True)),
+    over("live-update", "no memfd", on_dax(), [], next_kernel(live_update=True)),
+    over("vfio-no-agent", "no port", on_dax(devices=NVME), [(B, "nvme0")]),
+    over("vfio-no-agent", "by its descriptor", on_dax(open_files=(open_file(40, "vfio", "/dev/vfio/12"),)),
+         [(B, "fd 40")]),
+    over("vfio-no-agent", "it does not answer",
+         on_dax(devices=NVME, agent=GuestAgent(path="/run/qga", error="no answer")), [(B, "nvme0")]),
+    over("vfio-no-agent", "it may not suspend",
+         on_dax(devices=NVME, agent=replace(AGENT, can_suspend=False)), [(B, "nvme0")]),
+    over("vfio-no-agent", "no S3", on_dax(devices=NVME, agent=AGENT, s3_disabled=True), [(B, "nvme0")]),
+    over("vfio-no-agent", "all well", on_dax(devices=NVME, agent=AGENT, s3_disabled=False)),
+    over("vfio-no-agent", "no vfio", on_dax()),
+    over("vfio-mdev", "it is", on_dax("-device", f"vfio-pci,id=g0,sysfsdev={MDEV}"), [(B, "g0")]),
+    over("vfio-mdev", "a PCI device", on_dax("-device", "vfio-pci,sysfsdev=/sys/bus/pci/devices/0000:03:00.0")),
+    over("not-migratable", "VFIO, which is judged by its agent", on_dax(blocked_reasons=("VFIO migration ...",))),
+    over("not-migratable", "9p", on_dax(blocked_reasons=("9p is mounted",)), [(B, "migration")]),
+]  # fmt: skip
+
+CASES = [*MEMORY, *MIGRATION, *PROCESS, *DRIFT, *BINARY, *DEVICES, *HOST, *KEXEC]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.check}: {c.what}")
@@ -366,3 +474,15 @@ def test_supervised_blocks_handover_alone() -> None:
     assert finding.engines == ("handover",)
     assert not finding.ignorable
     assert "vm.service" in finding.message
+
+
+def test_the_word_that_is_missing_is_in_the_hint() -> None:
+    [missing] = said("memmap-missing", of=on_dax(), mode="reboot", kexec=BARE)
+    assert "memmap=1G!4G" in missing.message
+    assert "memmap=1G!4G" in missing.hint
+
+
+def test_vfio_is_not_refused_twice() -> None:
+    reasons = ("0000:03:00.0: VFIO migration is not supported",)
+    of = on_dax("-device", "vfio-pci,id=nvme0,host=03:00.0", devices=NVME, agent=AGENT, blocked_reasons=reasons)
+    assert run_checks(of, host(), target(), None, mode="reboot", kexec=next_kernel()) == ()

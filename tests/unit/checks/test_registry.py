@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from cpr.checks import REGISTRY, apply_ignores, blockers, in_order, registry, run_checks
+from cpr.checks import REGISTRY, apply_ignores, blockers, in_order, registry, run_checks, run_host_checks
 from cpr.errors import UsageError
 from cpr.model import Backing, Finding, Severity
 from tests.unit import values
-from tests.unit.checks.facts import guest, host, rehearsal, target
+from tests.unit.checks.facts import DEVDAX, guest, host, next_kernel, rehearsal, target
 
 
 def finding(check: str = "throttle-set", severity: Severity = Severity.BLOCKER, *, ignorable: bool = True) -> Finding:
@@ -20,6 +20,23 @@ def finding(check: str = "throttle-set", severity: Severity = Severity.BLOCKER, 
 
 def test_a_guest_as_it_should_be_has_no_findings() -> None:
     assert run_checks(guest(), host(), target(), rehearsal()) == ()
+
+
+def test_a_reboot_has_checks_of_its_own_and_many_in_common() -> None:
+    modes = {id: check.modes for id, check in REGISTRY.items()}
+    assert modes["ram-volatile"] == modes["supervised"] == modes["room-memory"] == {"restart"}
+    assert modes["memmap-missing"] == {"reboot"}
+    assert modes["drift-chain"] == modes["busy-job"] == modes["start-refused"] == {"restart", "reboot"}
+    dax = replace(values.ram(), backing=Backing.DEVDAX, storage=DEVDAX)
+    assert run_checks(guest(ram=(dax,)), host(), target(), rehearsal(), mode="reboot", kexec=next_kernel()) == ()
+
+
+def test_what_concerns_the_host_is_asked_without_a_guest() -> None:
+    kexec = next_kernel(obstacles=("no",), unsaved=("db1",), image="", state_directory_free=0)
+    assert [f.check for f in run_host_checks(host(), kexec)] == [
+        "kexec-impossible", "kexec-kernel-missing", "guest-not-saved", "room-state",
+    ]  # fmt: skip
+    assert run_host_checks(host(), next_kernel()) == ()
 
 
 def test_it_can_be_asked_without_target_and_rehearsal() -> None:

@@ -1,0 +1,141 @@
+"""What a decision about a reboot needs to know besides what a survey reads: read here, once, before the checks.
+
+    guest = with_reboot_facts(guest)                       # what its RAM and disks lie on, its agent
+    kexec = next_kernel(image="", initrd="", append="quiet", reuse=True, state_directory="/var/lib/cpr")
+
+Out of scope: judging (checks/reboot.py, persistence.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cpr.checks.command import command_of
+from cpr.errors import CprError
+from cpr.linux import dax, kexec
+from cpr.model import GuestAgent, NextKernel
+from cpr.persistence import persistence
+from cpr.qemu.agent import Agent
+from cpr.qemu.answers import flag
+from cpr.qemu.chardevs import parse_filename
+from cpr.qemu.cmdline import devices
+from cpr.qemu.qmp import path_in
+from cpr.survey_host import existing_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cpr.model import Guest, RamBlock, Storage
+    from cpr.qemu.answers import Answers
+
+AGENT_PORT = "org.qemu.guest_agent.0"
+AGENT_SECONDS = 3.0
+POWER_MANAGEMENT = ("ICH9-LPC", "PIIX4_PM")
+"""QOM types whose `disable_s3` decides what the ACPI tables offer (hw/isa/lpc_ich9.c, hw/acpi/piix4.c)."""
+
+
+def with_reboot_facts(guest: Guest) -> Guest:
+    """The guest with `storage` of its RAM, `disks` and `agent` filled in, as far as they can be read."""
+    pid = guest.process.pid
+    return replace(
+        guest,
+        ram=tuple(replace(block, storage=ram_storage(pid, block)) for block in guest.ram),
+        disks=tuple(disk_storage(pid, [f for chain in guest.chains for f in chain.files])),
+        agent=ask_agent(agent_socket(guest), pid),
+    )
+
+
+def ram_storage(pid: int, block: RamBlock) -> Storage | None:
+    """By the descriptor that is this RAM, never by a path that may lead elsewhere; None where there is none."""
+    if block.fd is None:
+        return None
+    try:
+        return dax.storage_of(f"/proc/{pid}/fd/{block.fd}")
+    except OSError:
+        return None
+
+
+def disk_storage(pid: int, files: Sequence[str]) -> list[Storage]:
+    """Of the names that are local paths, each once. What is not there is left out: `file-gone` speaks of it."""
+    found = []
+    for name in dict.fromkeys(files):
+        if name.startswith("/"):
+            with contextlib.suppress(OSError):
+                found.append(replace(dax.storage_of(path_in(pid, name)), path=name))
+    return found
+
+
+def agent_socket(guest: Guest) -> str:
+    """Path of the socket behind the guest agent's port, as the guest's process sees it; "" where there is none."""
+    command = command_of(guest)
+    ports = devices(command) if command is not None else ()
+    labels = [p.params.get("chardev") for p in ports if p.params.get("name") == AGENT_PORT]
+    for chardev in guest.chardevs:
+        described = parse_filename(chardev.filename)
+        if chardev.label in labels and described.protocol == "unix":
+            return described.address
+    return ""
+
+
+def ask_agent(path: str, pid: int | None = None) -> GuestAgent | None:
+    """What answers at an agent's socket; None where there is no socket."""
+    if not path:
+        return None
+    try:
+        with Agent(path, pid=pid, timeout=AGENT_SECONDS) as agent:
+            info = agent.info()
+    except CprError as error:
+        return GuestAgent(path=path, error=error.message)
+    return GuestAgent(path=path, version=info.version, can_suspend=info.can_suspend)
+
+
+def s3_disabled(answers: Answers) -> bool | None:
+    """Whether the machine offers no suspend to RAM; None where that cannot be told."""
+    for name, kind in answers.children("/machine/unattached"):
+        if kind in POWER_MANAGEMENT:
+            value = answers.qom_get(f"/machine/unattached/{name}", "disable_s3", lambda value: value, None)
+            return None if value is None else bool(value) if isinstance(value, int) else flag(value)
+    return None
+
+
+def next_kernel(
+    *,
+    image: str = "",
+    initrd: str = "",
+    append: str = "",
+    reuse: bool = True,
+    state_directory: str,
+    unsaved: Sequence[str] = (),
+    restores_by_itself: bool = True,
+    root: str = "/",
+) -> NextKernel:
+    """The named kernel, or the newest that is installed; its command line is the running one with `append` added.
+
+    `reuse=False`: its command line is `append` alone.
+    """
+    installed = kexec.installed_kernels(root=root)
+    chosen = next((k for k in installed if not image or os.path.realpath(k.image) == os.path.realpath(image)), None)
+    if image and chosen is None:
+        chosen = kexec.Kernel(release=kexec.image_release(image), image=image)
+    line = kexec.next_command_line(kexec.running_command_line(root=root) if reuse else "", append)
+    named = initrd or (chosen.initrd if chosen else "")
+    there = existing_directory(state_directory)
+    room = os.statvfs(there)
+    kept = persistence(dax.storage_of(there), line)
+    return NextKernel(
+        image=chosen.image if chosen else "",
+        initrd=named,
+        release=chosen.release if chosen else "",
+        command_line=line,
+        missing=tuple(path for path in (image, initrd) if path and not os.path.isfile(path)),
+        obstacles=kexec.obstacles(root=root),
+        unsaved=tuple(unsaved),
+        state_directory=state_directory,
+        state_directory_free=room.f_bavail * room.f_frsize,
+        state_directory_volatile="" if kept.kept else kept.reason,
+        restores_by_itself=restores_by_itself,
+        live_update=kexec.live_update(root=root),
+    )

@@ -1,0 +1,1 @@
+"""What is written down before a reboot, on values and on small files."""
