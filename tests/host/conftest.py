@@ -66,6 +66,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Other tests shall have the machine to themselves."""
+    if nextitem is None or nextitem.get_closest_marker("host") is None:
+        item.config.stash[HOSTS].end()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for line in config.stash[HOSTS].lines:
         terminalreporter.write_line(f"host VM: {line}")

@@ -233,7 +233,7 @@ def test_in_the_likeness_of_another_user(lab: Lab, builds: Callable[[str], QemuB
         path = os.path.dirname(path)
         if not os.stat(path).st_mode & 0o001:
             pytest.skip("the lab's programs lie where only root may go")
-    orphan = start(lab, build, "-fw_cfg", f"name=opt/x,file={table}", "-runas", "nobody")
+    orphan = start(lab, build, "-fw_cfg", f"name=opt/x,file={table}", "-run-with", "user=nobody")
     guest = surveyed(orphan)
     assert guest.uid == 65534
     assert rehearse(lab, guest, build).started
