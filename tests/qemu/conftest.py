@@ -136,3 +136,27 @@ def qemus_of(lab: Lab) -> list[int]:
         if mine and "qemu-system" in exe and not comm.startswith("cleanup/"):
             found.append(int(name))
     return found
+
+
+POOL = "/proc/sys/vm/nr_hugepages"
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Room for one guest in huge pages, and not a page more: two would not fit."""
+    try:
+        with open(POOL) as file:
+            before = int(file.read())
+        with open(POOL, "w") as file:
+            file.write(str(before + 64))
+        with open(POOL) as file:
+            there = int(file.read())
+    except OSError as error:
+        pytest.skip(f"{POOL}: {error}")
+    try:
+        if there < before + 64:
+            pytest.skip(f"the kernel finds room for {there} huge pages only")
+        yield
+    finally:
+        with open(POOL, "w") as file:
+            file.write(str(before))

@@ -13,7 +13,6 @@ from tests.qemu.conftest import build
 from tests.qemu.moving import descriptors, untouched, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from tests.lab.counting import CountingLog
     from tests.lab.qemu import QemuBuild
@@ -104,7 +103,6 @@ HUGE = {
     "memfd": Ram("memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"),
     "memfd-prealloc": Ram("memory-backend-memfd,share=on,prealloc=on,hugetlb=on,hugetlbsize=2M"),
 }
-POOL = "/proc/sys/vm/nr_hugepages"
 
 
 def inodes_of_ram(pid: int) -> set[int]:
@@ -135,27 +133,6 @@ def goes_over_twice(lab: Lab, cpr: Command, ram: Ram) -> None:
         pid = outcome["pid_after"]
         assert inodes_of_ram(pid) == inodes, "the very same pages"
         walk(guest)
-
-
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """Room for one guest in huge pages, and not a page more: two would not fit."""
-    try:
-        with open(POOL) as file:
-            before = int(file.read())
-        with open(POOL, "w") as file:
-            file.write(str(before + 64))
-        with open(POOL) as file:
-            there = int(file.read())
-    except OSError as error:
-        pytest.skip(f"{POOL}: {error}")
-    try:
-        if there < before + 64:
-            pytest.skip(f"the kernel finds room for {there} huge pages only")
-        yield
-    finally:
-        with open(POOL, "w") as file:
-            file.write(str(before))
 
 
 @full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tests.lab.start import Lab
 
 MIB = 1 << 20
-TMPFS, HUGETLBFS = "/dev/shm", "/dev/hugepages"
+TMPFS = "/dev/shm"
 
 # backend (of id ram0), backing, shared, named file, has a descriptor
 KINDS = {
@@ -156,20 +157,23 @@ def test_memory_by_an_inherited_descriptor(lab: Lab, builds: Callable[[str], Qem
     assert block.fd is not None
 
 
-def test_hugetlbfs(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can set huge pages aside and mount them")
+def test_hugetlbfs(lab: Lab, builds: Callable[[str], QemuBuild], huge_pages: None) -> None:
+    place = lab.directory / "huge"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "cpr-lab", str(place)], check=True)
     try:
-        with open("/proc/sys/vm/nr_hugepages") as file:
-            if int(file.read()) < 32:
-                pytest.skip("no huge pages are set aside here")
-    except OSError:
-        pytest.skip("no huge pages here")
-    orphan = start(
-        lab,
-        builds("7.2"),
-        *("-object", f"memory-backend-file,id=ram0,size=64M,share=on,mem-path={HUGETLBFS}"),
-        machine="q35,memory-backend=ram0",
-    )
-    (block,) = surveyed(orphan).ram
+        orphan = start(
+            lab,
+            builds("7.2"),
+            *("-object", f"memory-backend-file,id=ram0,size=64M,share=on,mem-path={place}"),
+            machine="q35,memory-backend=ram0",
+        )
+        (block,) = surveyed(orphan).ram
+        orphan.kill()
+        orphan.wait(10)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
     assert block.backing is Backing.HUGETLB
     assert block.page_size >= 2 * MIB
 
