@@ -151,7 +151,7 @@ def test_the_new_qemu_is_killed_after_the_commit(victim: Victim, moment: Moment)
     assert victim.state_of(before.facts.process.pid) in ("", "postmigrate")
 
 
-@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.has_new and not m.recorded))
+@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.has_new and not m.told))
 def test_the_new_qemu_hangs(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="stop_new"), bounds=SHORT)
@@ -161,7 +161,7 @@ def test_the_new_qemu_hangs(victim: Victim, moment: Moment) -> None:
     victim.can_be_updated()
 
 
-@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.recorded))
+@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.told))
 def test_the_new_qemu_hangs_for_a_while_after_the_commit(victim: Victim, stage: Stage, moment: Moment) -> None:
     before = victim.before()
     handle = victim.handle(stage, Fault(at=moment.at, do="stop_new"))
