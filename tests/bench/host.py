@@ -24,7 +24,7 @@ def host() -> Host:
     with open("/proc/cpuinfo") as file:
         models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return Host(
-        kernel=f"{uname.sysname} {uname.release.partition("-")[0]}",
+        kernel=f"{uname.sysname} {uname.release.split('-')[0]}",
         cpus=len(os.sched_getaffinity(0)),
         cpu=models[0] if models else uname.machine,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
