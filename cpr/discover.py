@@ -149,7 +149,7 @@ def is_waiting_parent(entry: ProcessEntry) -> bool:
 
 def _runs(pid: int) -> bool:
     try:
-        return proc.read_status(pid).state not in ("Z", "X")
+        return not proc.is_zombie(pid)
     except OSError:
         return False
 

@@ -5,8 +5,6 @@ Nothing is undone any more; what fails is reported as a difference and the next 
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,7 +74,7 @@ class Settle(Step):
             sock.close()
         for name, fd in run.descriptors.items():
             if name.startswith(CLIENT):
-                with socket.socket(fileno=os.dup(fd.number)) as sock:
+                with clients.socket_of(fd) as sock:
                     clients.narrow(sock)
         release(run)
         if failed:

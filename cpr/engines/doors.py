@@ -4,8 +4,8 @@ Both QEMUs listen on the same sockets from the start of the new one on, and whoe
 the new QEMU took before it had the state would type into a device that is about to be overwritten. So each chardev of
 the new QEMU where nobody is connected is given a client of ours that says nothing (`add_client`), as the first thing of
 all: with a client it does not accept others, and the guest does not see it, for the state is loaded after that. At the
-switch the old QEMU is
-stopped (SIGSTOP), so that it accepts nobody any more; who comes from then on waits in the kernel's queue.
+switch the old QEMU is stopped (SIGSTOP), so that it accepts nobody any more; who comes from then on waits in the
+kernel's queue.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def stop_accepting(old: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         old.signal(signal.SIGSTOP)
         deadline = time.monotonic() + 0.1
-        while proc.read_stat(old.pid).state not in ("T", "t") and time.monotonic() < deadline:
+        while not proc.is_stopped(old.pid) and time.monotonic() < deadline:
             os.sched_yield()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -171,7 +170,7 @@ class MoveState(Step):
         return old_failed
 
     def _await(self, run: Run, after: int) -> None:
-        """The new QEMU has all of it, and the old one knows that it is not asked for it again."""
+        """Until the new QEMU has all of it."""
 
         def ended(event: qmp.Event) -> bool:
             return event.data.get("status") in ("completed", "failed", "cancelled")
@@ -224,7 +223,7 @@ class PassClients(Step):
         A byte that waits in the old QEMU's device would wait for ever in the new one: it looks for a client when it
         loads the state, and the client comes after that (hw/char/serial.c, serial_post_load).
         """
-        with socket.socket(fileno=os.dup(client.number)) as sock:
+        with clients.socket_of(client) as sock:
             if not clients.widen(sock):
                 raise StepFailed(
                     self.describe(),
@@ -234,7 +233,7 @@ class PassClients(Step):
 
     def undo(self, run: Run) -> None:
         for _, fd in _clients_held(run):
-            with socket.socket(fileno=os.dup(fd.number)) as sock:
+            with clients.socket_of(fd) as sock:
                 clients.narrow(sock)
 
 
@@ -303,9 +302,6 @@ class MoveClients(Step):
                     hint="a second client was waiting for it and came first; end that one and try again",
                 ) from None
 
-    def undo(self, run: Run) -> None:
-        run.kill_new()
-
 
 def movable(chardevs: tuple[Chardev, ...]) -> tuple[Chardev, ...]:
     """Chardevs whose client can be moved: servers, no monitors (a negotiated session would be greeted anew)."""
@@ -357,5 +353,5 @@ def _still_there(run: Run) -> None:
     if not run.new.alive():
         raise CommitRefused("the new QEMU ended before it was told to run")
     with contextlib.suppress(ProcessLookupError):
-        if proc.read_stat(run.new.pid).state in "Tt":
+        if proc.is_stopped(run.new.pid):
             raise CommitRefused("the new QEMU was stopped (SIGSTOP, or a debugger) before it was told to run")

@@ -35,7 +35,6 @@ class TapGuard:
         self._wanted = {name: tun.read_queue(fd) for name, fd in taps.items()}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.mended = 0
 
     @property
     def several(self) -> bool:
@@ -61,7 +60,7 @@ class TapGuard:
         while not self._stop.wait(INTERVAL):
             for name, queue in used.items():
                 with contextlib.suppress(OSError, ValueError):
-                    self.mended += tun.mend_queue(self._taps[name], queue)
+                    tun.mend_queue(self._taps[name], queue)
 
     def stop(self) -> None:
         """Let go. Safe to repeat."""

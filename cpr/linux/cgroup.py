@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.linux import procfile
+from cpr.linux.mounts import parse_mountinfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,23 +69,18 @@ def cgroups(pid: int) -> list[Cgroup]:
     return parse_cgroup(procfile.read_text(pid, "cgroup"))
 
 
+def own_mounts() -> list[CgroupMount]:
+    """The cgroup hierarchies that are mounted where we are."""
+    return parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
+
+
 def parse_cgroup_mounts(mountinfo: str) -> list[CgroupMount]:
     """The cgroup mounts in a text of /proc/PID/mountinfo; other mounts and damaged lines are passed over."""
-    mounts = []
-    for line in mountinfo.split("\n"):
-        before, _, after = line.partition(" - ")
-        fields, kinds = before.split(" "), after.split(" ")
-        if len(fields) < 6 or len(kinds) < 3 or kinds[0] not in ("cgroup", "cgroup2"):
-            continue
-        mounts.append(
-            CgroupMount(
-                directory=procfile.unescape(fields[4]),
-                root=procfile.unescape(fields[3]),
-                unified=kinds[0] == "cgroup2",
-                options=frozenset(kinds[2].split(",")),
-            )
-        )
-    return mounts
+    return [
+        CgroupMount(directory=m.point, root=m.root, unified=m.type == "cgroup2", options=m.options)
+        for m in parse_mountinfo(mountinfo)
+        if m.type in ("cgroup", "cgroup2")
+    ]
 
 
 def locate(entry: Cgroup, mounts: list[CgroupMount]) -> str | None:
@@ -105,7 +101,7 @@ def cgroup_dir(entry: Cgroup) -> str:
     Raises:
         FileNotFoundError: the hierarchy is not mounted here.
     """
-    directory = locate(entry, parse_cgroup_mounts(procfile.mountinfo(os.getpid())))
+    directory = locate(entry, own_mounts())
     if directory is None:
         which = ",".join(entry.controllers) or "v2"
         raise FileNotFoundError(2, f"the cgroup hierarchy {which} is not mounted here", entry.path)
@@ -151,7 +147,7 @@ def _ancestors(entry: Cgroup, mounts: list[CgroupMount]) -> Iterator[str]:
 
 
 def _room(pid: int, controller: str, room: Callable[[str, bool], int | None]) -> int | None:
-    mounts = parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
+    mounts = own_mounts()
     rooms = [
         left
         for entry in cgroups(pid)

@@ -178,7 +178,7 @@ def _lives(likeness: Likeness) -> bool:
 def _cgroup_directories(likeness: Likeness) -> list[str]:
     """Those that we are not in already."""
     ours = {(c.controllers, c.unified): c.path for c in proc.cgroups(os.getpid())}
-    mounts = cgroup.parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
+    mounts = cgroup.own_mounts()
     directories = []
     for entry in likeness.cgroups:
         if ours.get((entry.controllers, entry.unified)) == entry.path:

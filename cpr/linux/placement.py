@@ -89,7 +89,7 @@ def apply_placement(tid: int, placement: ThreadPlacement) -> None:
         ProcessLookupError; OSError: what could not be done, all else is done before it is raised.
     """
     failed: list[OSError] = []
-    mounts = cgroup.parse_cgroup_mounts(procfile.mountinfo(os.getpid()))
+    mounts = cgroup.own_mounts()
     now = set(cgroup.cgroups(tid))
     for entry in placement.cgroups:
         directory = cgroup.locate(entry, mounts)

@@ -34,6 +34,7 @@ from cpr.linux.sockdiag import unix_backlog
 from cpr.linux.status import (
     Stat,
     Status,
+    is_stopped,
     is_zombie,
     parent_of,
     parse_stat,
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cgroup", "ExeFacts", "Mapping", "ProcessEntry", "Scheduling", "Stat", "Status", "TcpSocket", "Thread",
-    "UnixSocket", "affinity", "boot_id", "cgroup_dir", "cgroups", "children", "cwd", "exe", "ioprio", "is_zombie",
-    "limits", "memory_room", "namespaces", "oom_score_adj", "parent_of", "parse_cgroup", "parse_environ",
+    "UnixSocket", "affinity", "boot_id", "cgroup_dir", "cgroups", "children", "cwd", "exe", "ioprio", "is_stopped",
+    "is_zombie", "limits", "memory_room", "namespaces", "oom_score_adj", "parent_of", "parse_cgroup", "parse_environ",
     "parse_limits", "parse_maps", "parse_net_tcp", "parse_net_unix", "parse_stat", "parse_status", "pids_room",
     "process_start_time", "processes", "read_argv", "read_environ", "read_maps", "read_net_tcp", "read_net_unix",
     "read_stat", "read_status", "root", "scheduling", "security_label", "split_argv", "threads", "unit_of",

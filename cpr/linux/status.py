@@ -148,6 +148,11 @@ def parent_of(pid: int) -> int:
     return read_stat(pid).ppid
 
 
+def is_stopped(pid: int) -> bool:
+    """By SIGSTOP, or for its tracer. Raises ProcessLookupError."""
+    return read_stat(pid).state in ("T", "t")
+
+
 def is_zombie(pid: int) -> bool:
     """Ended, but not reaped. Raises ProcessLookupError where it is reaped too."""
     return read_stat(pid).state in ("Z", "X", "x")

@@ -30,9 +30,14 @@ ATTEMPTS = 50
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a listener says, not where we listen
 
 
+def socket_of(fd: Fd) -> socket.socket:
+    """A duplicate to ask and set things on; closing it does not close `fd`."""
+    return socket.socket(fileno=os.dup(fd.number))
+
+
 def listen_address(listener: Fd, label: str) -> MonitorAddress:
     """Where a listening socket can be connected to, by its own name. Raises OSError, ValueError."""
-    with socket.socket(fileno=os.dup(listener.number)) as sock:
+    with socket_of(listener) as sock:
         name = sock.getsockname()
         if sock.family == socket.AF_UNIX:
             path = os.fsdecode(name)
@@ -77,13 +82,13 @@ def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[st
     """
     names: dict[object, str] = {}
     for label, listener in listeners.items():
-        with _socket_of(listener) as sock:
+        with socket_of(listener) as sock:
             names[_local(sock)] = label
     found: dict[str, int] = {}
     with fds.Fd(os.pidfd_open(pid)) as pidfd:
         for number in socket_numbers(pid).values():
             with contextlib.suppress(OSError):  # closed meanwhile, or not connected
-                with fds.take_fd(pidfd, number) as taken, _socket_of(taken) as sock:
+                with fds.take_fd(pidfd, number) as taken, socket_of(taken) as sock:
                     label = names.get(_local(sock), "")
                     if label:
                         sock.getpeername()
@@ -91,10 +96,6 @@ def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[st
     return tuple(
         replace(c, client=found.get(c.label), connected=c.label in found) for c in chardevs if c.label in listeners
     )
-
-
-def _socket_of(fd: Fd) -> socket.socket:
-    return socket.socket(fileno=os.dup(fd.number))
 
 
 def _local(sock: socket.socket) -> object:
@@ -143,13 +144,13 @@ def lengthen_queue(listener: Fd) -> None:
 
     A QEMU that is given the listener shortens it again.
     """
-    with socket.socket(fileno=os.dup(listener.number)) as sock:
+    with socket_of(listener) as sock:
         sock.listen(QUEUE)
 
 
 def shorten_queue(listener: Fd) -> None:
     """As QEMU has it; who waits already stays."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listener.number)) as sock:
+    with contextlib.suppress(OSError), socket_of(listener) as sock:
         sock.listen(USUAL_QUEUE)
 
 
@@ -180,7 +181,7 @@ def _turning_away(
     """A new second place, with whoever waits turned away: only where the kernel does not tell who that is."""
     second.close()
     select.select([first], [], [], 5.0)  # it is greeted, and so not among those that wait
-    with socket.socket(fileno=os.dup(listener.number)) as sock:
+    with socket_of(listener) as sock:
         while select.select([sock], [], [], 0)[0]:
             sock.accept()[0].close()
     return qmp.open_socket(address, pid)

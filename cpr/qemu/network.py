@@ -14,7 +14,7 @@ from cpr.model import Netdev
 from cpr.qemu import cmdline as cl
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from cpr.linux.fds import OpenDescriptor
     from cpr.qemu.answers import Answers
@@ -66,30 +66,31 @@ def parse_network(printed: str) -> tuple[Listed, ...]:
 
 def parse_usernet(printed: str) -> tuple[tuple[int, str], ...]:
     """(descriptor, netdev as QEMU calls it) of the sockets that user networking holds."""
-    found, owner = [], ""
-    for line in printed.splitlines():
-        head = re.match(r"Hub -?\d+ \((.+)\):", line)
-        if head:
-            owner = head[1]
-        row = re.match(r"\s+(?:TCP|UDP|ICMP)\[.+?\]\s+(\d+)\s", line)
-        if row:
-            found.append((int(row[1]), owner))
-    return tuple(found)
+    rows = _usernet_rows(printed, r"\s+(?:TCP|UDP|ICMP)\[.+?\]\s+(\d+)\s")
+    return tuple((int(row[1]), owner) for owner, row in rows)
 
 
 def parse_forwards(printed: str) -> tuple[tuple[str, str], ...]:
     """(netdev as QEMU calls it, rule as `hostfwd_add` takes it) of the ports that are forwarded now."""
-    found, owner = [], ""
+    found = []
+    pattern = r"\s+(TCP|UDP)\[HOST_FORWARD\]\s+-?\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)\s"
+    for owner, row in _usernet_rows(printed, pattern):
+        protocol, here, port, there, guest_port = row.groups()
+        here = "" if here == "*" else here
+        found.append((owner, f"{protocol.lower()}:{here}:{port}-{there}:{guest_port}"))
+    return tuple(reversed(found))  # the last one that was added is printed first
+
+
+def _usernet_rows(printed: str, pattern: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """Of `info usernet`: (netdev, the match) of each line that matches."""
+    owner = ""
     for line in printed.splitlines():
         head = re.match(r"Hub -?\d+ \((.+)\):", line)
         if head:
             owner = head[1]
-        row = re.match(r"\s+(TCP|UDP)\[HOST_FORWARD\]\s+-?\d+\s+(\S+)\s+(\d+)\s+(\S+)\s+(\d+)\s", line)
+        row = re.match(pattern, line)
         if row:
-            protocol, here, port, there, guest_port = row.groups()
-            here = "" if here == "*" else here
-            found.append((owner, f"{protocol.lower()}:{here}:{port}-{there}:{guest_port}"))
-    return tuple(reversed(found))  # the last one that was added is printed first
+            yield owner, row
 
 
 def netdevs(
