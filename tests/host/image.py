@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 RECIPE = "2"  # a change of this module that its tables do not show
 SUITE = "trixie"
 PACKAGES = (
-    *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "e2fsprogs", "findutils", "gawk", "grep"),
-    *("gzip", "iproute2", "kexec-tools", "kmod", "login", "mount", "ndctl", "passwd", "pciutils", "procps", "sed"),
-    *("daxctl", "libpython3-stdlib", "python3-minimal", "qemu-guest-agent", "strace", "sudo", "systemd", "util-linux"),
+    *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "daxctl", "e2fsprogs", "findutils"),
+    *("gawk", "grep", "gzip", "iproute2", "kexec-tools", "kmod", "libpython3-stdlib", "login", "mount", "ndctl"),
+    *("passwd", "pciutils", "procps", "python3-minimal", "qemu-guest-agent", "sed", "strace", "sudo", "systemd"),
+    *("util-linux",),
 )
 TRIMMED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/games")
 FILES = Path(__file__).with_name("files")
@@ -151,7 +152,7 @@ def configure(tree: Path) -> None:
     if not (tree / "sbin" / "init").is_symlink():
         (tree / "sbin" / "init").symlink_to("../lib/systemd/systemd")
     if not (tree / "bin" / "sh").exists():
-        (tree / "bin" / "sh").symlink_to("bash")
+        (tree / "bin" / "sh").symlink_to("dash")
     for name in ("awk",):  # alternatives
         if not (tree / "usr" / "bin" / name).exists():
             (tree / "usr" / "bin" / name).symlink_to("gawk")
@@ -168,8 +169,9 @@ def add_kernel(kernel: kernels.Kernel, tree: Path, boot: Path) -> None:
     archive.character_device("dev/console", 5, 1)
     archive.copy("bin/busybox", tree / "usr" / "bin" / "busybox")
     archive.file("init", (FILES / "initramfs.sh").read_bytes(), 0o755)
-    for file in sorted((kernel.directory / "first").iterdir()):
-        archive.copy(f"modules/{file.name}", file)
+    for place in ("first", "beside"):
+        for file in sorted((kernel.directory / place).iterdir()):
+            archive.copy(f"{place}/{file.name}", file)
     boot.mkdir(parents=True)
     shutil.copy(kernel.image, boot / "vmlinuz")
     (boot / "initrd").write_bytes(archive.data())

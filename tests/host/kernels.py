@@ -1,7 +1,7 @@
 """The host VM's kernels: one table, and the few modules of each that a host needs.
 
 Another kernel is another line of KERNELS.  The modules are flat in ``modules/``, uncompressed, in no order; those of
-FIRST are also in the initramfs, numbered, because the root disk is behind them.
+FIRST and BESIDE are also in the initramfs, numbered, because the root disk is behind them or they take long.
 
 Out of scope: modules.dep (see ``image``, which has a depmod), installing kernels as a package would.
 """
@@ -20,7 +20,7 @@ from tests.lab import LabError, cache, debian, linux
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-RECIPE = "1"
+RECIPE = "2"
 PACKAGE = "linux-image-amd64"
 
 
@@ -43,6 +43,8 @@ KERNELS: Mapping[str, Source] = MappingProxyType(
 )
 
 FIRST = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
+BESIDE = ("kvm_amd",)
+"""Loaded by the initramfs on the other processor meanwhile: a second of the boot."""
 MODULES = (
     *("kvm_amd", "kvm_intel", "tun", "vhost_net", "bridge", "veth", "virtio_net", "e1000e", "nvme", "loop", "overlay"),
     *("nd_e820", "nfit", "nd_pmem", "dax_pmem", "device_dax"),
@@ -52,7 +54,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, unpacked: ``vmlinuz``, ``modules/`` and ``first/`` in `directory`."""
+    """One kernel, unpacked: ``vmlinuz``, ``modules/``, ``first/`` and ``beside/`` in `directory`."""
 
     key: str
     release: str
@@ -70,7 +72,7 @@ def obtain(key: str) -> Kernel:
     if key not in KERNELS:
         raise LabError(f"the host VM has no kernel {key!r}; it knows {', '.join(KERNELS)}")
     source = KERNELS[key]
-    recipe = " ".join((RECIPE, source.suite, PACKAGE, *source.first, *FIRST, "-", *MODULES))
+    recipe = " ".join((RECIPE, source.suite, PACKAGE, *source.first, *FIRST, "-", *BESIDE, "-", *MODULES))
     directory = cache.artifact(f"host-kernel-{key}", recipe, lambda workspace: build(source, workspace))
     return Kernel(key, (directory / "release").read_text(), directory)
 
@@ -90,12 +92,13 @@ def build(source: Source, workspace: cache.Workspace) -> None:
     (modules,) = (tree / "usr" / "lib" / "modules").iterdir()
     (workspace.out / "release").write_text(modules.name)
     builtin = (modules / "modules.builtin").read_text()
-    for name in ("first", "modules"):
+    for name in ("first", "beside", "modules"):
         (workspace.out / name).mkdir()
     for file in modules.glob("modules.builtin*"):
         shutil.copy(file, workspace.out / "modules" / file.name)
     shutil.copy(modules / "modules.order", workspace.out / "modules" / "modules.order")
-    for number, (name, content) in enumerate(linux.modules_in_order(modules, builtin, first)):
-        (workspace.out / "first" / f"{number:02}-{name}.ko").write_bytes(content)
+    for place, names in (("first", first), ("beside", BESIDE)):
+        for number, (name, content) in enumerate(linux.modules_in_order(modules, builtin, names)):
+            (workspace.out / place / f"{number:02}-{name}.ko").write_bytes(content)
     for name, content in linux.modules_in_order(modules, builtin, (*first, *MODULES)):
         (workspace.out / "modules" / f"{name}.ko").write_bytes(content)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 APPEND = (
     "console=ttyS0 loglevel=4 panic=-1 oops=panic tsc=reliable mitigations=off nowatchdog no_timer_check "
-    "random.trust_cpu=on cryptomgr.notests"
+    "random.trust_cpu=on cryptomgr.notests no5lvl"
 )
+"""`no5lvl`: a fifth of the page walk less, which TCG does in software (0.8 s of 8.8 s of boot)."""
 MEMMAP, NVDIMM = "memmap", "nvdimm"
 DAX_MIB = 768
 NVME_ADDRESS, NIC_ADDRESS = "0000:00:10.0", "0000:00:11.0"

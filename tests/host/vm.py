@@ -252,6 +252,7 @@ class Host:
     def _wait_up(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         self._agent.sync(seconds)
+        self.sh("until [ -e /run/cpr-host-ready ]; do sleep 0.05; done", max(1.0, end - time.monotonic()))
         if self.machine.systemd:
             said = self.run("systemctl is-system-running --wait", max(1.0, end - time.monotonic()))
             if said.out.strip() not in ("running", "degraded"):

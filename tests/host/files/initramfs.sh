@@ -3,7 +3,10 @@
 busybox=/bin/busybox
 $busybox mount -t devtmpfs dev /dev
 $busybox mount -t proc proc /proc
-for module in /modules/*; do
+for module in /beside/*; do
+    $busybox insmod "$module"
+done &
+for module in /first/*; do
     $busybox insmod "$module"
 done
 tries=0
@@ -16,6 +19,7 @@ for word in $($busybox cat /proc/cmdline); do
     case $word in init=*) init=${word#init=} ;; esac
 done
 $busybox mount -t ext4 -o rw,noatime /dev/vda /new || echo "host VM: no root disk" > /dev/kmsg
+wait
 $busybox mount --move /dev /new/dev
 $busybox umount /proc
 exec $busybox switch_root /new "$init"
