@@ -14,9 +14,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cpr import errors
+from cpr import errors, recover_in_place
 from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
+from cpr.engines.reexec import Reexec
 from cpr.engines.settings import Settings, hand_back, put_back, set_discard
 from cpr.engines.successor import MARK, run_mark
 from cpr.engines.taps import restore_queue
@@ -99,7 +100,10 @@ def recover_one(record: Record, *, base: str | None = None) -> Outcome:
             if not record.open:
                 return record.result()
             try:
-                outcome = _forward(record) if record.committed else _back(record)
+                if record.header.get("engine") == Reexec.name:
+                    outcome = _in_place(record)
+                else:
+                    outcome = _forward(record) if record.committed else _back(record)
             except _TryAgain as again:
                 return again.outcome
             try:
@@ -144,6 +148,8 @@ def _trusted(record: Record) -> bool:
 def _back(record: Record) -> Outcome:
     """Before the commit: whatever the run has started dies, the old QEMU goes on."""
     for process in filter(None, [_new(record), *_marked(record)]):
+        if process.pid == record.pid:
+            continue
         process.kill()
         if not process.wait_dead(15.0):
             where = f"the new QEMU (pid {process.pid}) does not die, so the old one was not resumed"
@@ -174,6 +180,32 @@ def _back(record: Record) -> Outcome:
     return _outcome(record, Status.ROLLED_BACK, Exit.ROLLED_BACK, errors.AS_BEFORE, record.pid, runstate=status)
 
 
+def _in_place(record: Record) -> Outcome:
+    """Old and new QEMU are one process; or there is another one: the old program, started again."""
+    back = record.facts.get("back")
+    fact = back or record.facts.get("exec", {})
+    pid, start_time = (int(back["pid"]), int(back["start_time"])) if back else (record.pid, record.start_time)
+    process = _alive(pid, start_time)
+    if process is None:
+        when = "after the commit" if record.committed else "before the commit"
+        where = f"the guest's process has ended {when}"
+        return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
+    if not back and not recover_in_place.executed(record):
+        return _back(record)
+    try:
+        with _monitor(record, pid) as monitor:
+            runstate, lost = recover_in_place.arrive(record, process, monitor, fact)
+            outcome = _arrived(record, monitor, runstate, lost, pid)
+    except (CprError, OSError) as error:
+        which = "the old QEMU, started again" if back else "the new QEMU"
+        where = f"it is in {which} (pid {pid}), which could not be told to go on"
+        raise _TryAgain(record, where, pid, str(error)) from None
+    if back:
+        code = Exit.ROLLED_BACK
+        return replace(outcome, status=Status.ROLLED_BACK, exit_code=int(code), where=errors.AS_BEFORE)
+    return outcome
+
+
 def _restore_taps(record: Record, old: Process) -> None:
     """Header size, offloads and attachment of tap queues, which the new QEMU changed at its start."""
     fact = record.facts.get("taps")
@@ -192,7 +224,6 @@ def _forward(record: Record) -> Outcome:
         kept = f"; the old QEMU (pid {record.pid}) is stopped and must never be resumed: its RAM has moved on"
         where = "the guest crashed: the new QEMU died after the commit" + (kept if old is not None else "")
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
-    settings = Settings.from_json(record.facts["settings"]["value"])
     if old is not None:
         old.kill()
         if not old.wait_dead(15.0):  # it listens on the same monitors, and would answer in place of the new one
@@ -205,18 +236,25 @@ def _forward(record: Record) -> Outcome:
             if guest["runstate"] == Runstate.RUNNING and runstate != Runstate.RUNNING and not told:
                 monitor.execute("cont")
                 runstate = monitor.execute("query-status")["status"]
-            differences = put_back(monitor, settings, old=record.pid, new=new.pid)
-            opened = any(record.header["steps"][i]["id"] == HandBack.__name__ for i in _done(record))
-            notes, failed = hand_back(monitor, () if opened else settings.hand_back)
+            return _arrived(record, monitor, str(runstate), [], new.pid)
     except CprError as error:
         where = f"it is in the new QEMU (pid {new.pid}), which could not be told to go on"
         raise _TryAgain(record, where, new.pid, error.message) from None
+
+
+def _arrived(record: Record, monitor: qmp.Monitor, runstate: str, differences: list[str], pid: int) -> Outcome:
+    """The guest is in the new QEMU: what it had is put back."""
+    guest = record.header["guest"]
+    settings = Settings.from_json(record.facts["settings"]["value"])
+    differences = differences + put_back(monitor, settings, old=record.pid, new=pid)
+    opened = any(record.header["steps"][i]["id"] == HandBack.__name__ for i in _done(record))
+    notes, failed = hand_back(monitor, () if opened else settings.hand_back)
     differences += failed
     if (guest["runstate"] == Runstate.RUNNING) != (runstate == Runstate.RUNNING):
         differences.append(f"the guest was {guest['runstate']} and is {runstate}")
     code = Exit.DIFFERS if differences else Exit.OK
     words = "; ".join(differences)
-    outcome = _outcome(record, Status.UPDATED, code, errors.RUNS_NEW, new.pid, words, runstate=runstate)
+    outcome = _outcome(record, Status.UPDATED, code, errors.RUNS_NEW, pid, words, runstate=runstate)
     return replace(outcome, notes=(*outcome.notes, *notes))
 
 

@@ -317,6 +317,7 @@ class Run:
         if self.extra.get("leave_open"):
             where = f"{errors.NEEDS_YOU}: cpr recover {self.journal.run_id} tries again"
             return Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, pid
+        pid = self.old.pid
         paused = "" if self.plan.guest.running else ", paused as before"
         where = errors.AS_BEFORE + paused if self.extra.get("touched") else errors.UNTOUCHED
         if isinstance(failure, Interrupted):

@@ -17,36 +17,20 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from cpr.engines.successor import base_command
+from cpr.engines.successor import doors
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import proc
 from cpr.qemu import clients, first_words
-from cpr.qemu import cmdline as cl
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from cpr.linux.process import Process
-    from cpr.model import Chardev, Guest
+    from cpr.model import Guest
     from cpr.run import Run
-
-PLUGGED_BY_CLIENTS = ("usb-serial", "usb-braille", "usb-redir", "ccid-card-passthru")
-"""Devices that the guest sees plugged in when a client comes: their doors are left open."""
 
 PATIENCE = 0.2
 """Seconds that a client is given to leave again which came before ours."""
-
-
-def doors(guest: Guest) -> tuple[Chardev, ...]:
-    """Chardevs that listen for clients, but for monitors (`OccupyMonitors`)."""
-    devices = [d.params for d in cl.devices(base_command(guest)) if d.driver.startswith(PLUGGED_BY_CLIENTS)]
-    spared = {params.get("chardev") for params in devices}
-    return tuple(
-        c
-        for c in guest.chardevs
-        if c.backend == "socket" and c.server and not c.monitor and c.in_argv and c.listener is not None
-        if c.label not in spared
-    )
 
 
 class Shutting:

@@ -30,7 +30,7 @@ class Handover:
     name = "handover"
 
     def findings(self, guest: Guest, host: Host, target: Target) -> Iterator[Finding]:
-        yield from self._unknown_numbers(guest)
+        yield from unknown_numbers(guest, self.name)
         if len([v for v in guest.vnc if any(n is not None for *_, n in v.listeners)]) > 1:
             yield self._blocker(
                 "vnc-several",
@@ -44,19 +44,6 @@ class Handover:
                 "vnc",
                 "this new QEMU cannot be given a VNC listener (display-update came with 7.1)",
                 "go to QEMU 7.1 or newer",
-            )
-
-    def _unknown_numbers(self, guest: Guest) -> Iterator[Finding]:
-        line = base_command(guest)
-        for number in cl.fd_numbers(line):
-            option = line.options[number.index]
-            if number.option in KNOWN_NUMBERS and (number.option != "object" or number.key == "mem-path"):
-                continue
-            yield self._blocker(
-                "fd-unknown",
-                f"fd {number.fd}",
-                f"-{option.name} names descriptor {number.fd} ({number.key}), which cpr does not know how to pass on",
-                "start the guest with a path instead of a number",
             )
 
     def _blocker(self, check: str, subject: str, message: str, hint: str) -> Finding:
@@ -81,10 +68,10 @@ class Handover:
             plan.append(switch.PassVncListeners(vnc=new.vnc))
         plan += [
             switch.PrepareStream(guest=guest),
-            switch.CompareChains(guest=guest, both=True),
+            switch.CompareChains(guest=guest, new=True),
             switch.PassClients(guest=guest),
             switch.MoveState(guest=guest, blackout=True),
-            switch.CompareChains(guest=guest, both=False, blackout=True),
+            switch.CompareChains(guest=guest, new=False, blackout=True),
             switch.MoveClients(guest=guest, blackout=True),
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
             after.EndOld(),
@@ -93,3 +80,20 @@ class Handover:
             plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
         plan += [after.Settle(guest=guest), after.Verify(guest=guest)]
         return plan
+
+
+def unknown_numbers(guest: Guest, engine: str) -> Iterator[Finding]:
+    """Descriptors that argv names where nobody knows how to pass them on."""
+    line = base_command(guest)
+    for number in cl.fd_numbers(line):
+        option = line.options[number.index]
+        if number.option in KNOWN_NUMBERS and (number.option != "object" or number.key == "mem-path"):
+            continue
+        yield Finding(
+            check="fd-unknown",
+            severity=Severity.BLOCKER,
+            subject=f"fd {number.fd}",
+            message=f"-{option.name} names descriptor {number.fd} ({number.key}): cpr does not know how to pass it on",
+            hint="start the guest with a path instead of a number",
+            engines=(engine,),
+        )

@@ -21,10 +21,10 @@ from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc
 from cpr.linux.process import Process
 from cpr.model import Chardev, Guest, RamBlock, Runstate, Step, Target
-from cpr.qemu import clients, qmp
+from cpr.qemu import clients, first_words, qmp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.run import Run
@@ -202,7 +202,7 @@ class StartNew(Step):
         }
         if theirs is not None and self.successor.control_number is not None:
             given[self.successor.control_number] = theirs.fileno()
-        run.words = _words_of(run.descriptors.get("stdio:2"))
+        run.words = words_of(run.descriptors.get("stdio:2"))
         like = likeness.likeness_of(self.guest.process.pid)
         new = self.successor
         opened_again = [*new.forwards, *([new.gdb] if new.gdb else [])]
@@ -232,14 +232,14 @@ class StartNew(Step):
         control = ours if ours is not None else run.extra.pop("control")
         doors = Shutting(run, self.guest)
         with contextlib.closing(doors):
-            run.new_monitor = self._greet(run, control, doors)
+            run.new_monitor = greet(run, self.describe(), control, doors.commands)
             doors.settle()
         for name, listener in run.descriptors.items():
             if name.startswith(LISTENERS):
                 clients.lengthen_queue(listener)  # the new QEMU has shortened it
         if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
             raise StepFailed(self.describe(), "another QEMU answered on the monitor", hint="try again")
-        self._same_ram(run)
+        same_ram(self.guest, shared_files(self.guest.process.pid), run.new.pid, self.describe())
         different = likeness.differences(like, likeness.likeness_of(run.new.pid), unmet=launched.unmet)
         if different:
             raise StepFailed(self.describe(), "it is not like the old one: " + "; ".join(different))
@@ -253,29 +253,6 @@ class StartNew(Step):
         run.journal.fact("taps", numbers=numbers, settings=guard.settings())
         guard.start()
 
-    def _greet(self, run: Run, control: socket.socket, doors: Shutting) -> qmp.Monitor:
-        """Wait for the greeting, or for the new QEMU's end; the first thing it does is to shut its doors."""
-        assert run.new is not None
-        waiting = select.poll()
-        waiting.register(control, select.POLLIN)
-        waiting.register(run.new.pidfd.number, select.POLLIN)
-        while not (ready := {fd for fd, _ in waiting.poll(50)}):
-            run.check(self.describe())
-        if control.fileno() not in ready:
-            run.new.wait_dead(1.0)
-            raise NewQemuDied(self.describe(), "ended at its start", run.words())
-        seconds = max(1.0, run.remaining())
-        return qmp.negotiate(control, "of the new QEMU", timeout=seconds, attend=run.attend, first=doors.commands)
-
-    def _same_ram(self, run: Run) -> None:
-        """The new QEMU has mapped the very pages, shared: by device and inode of the mapping."""
-        assert run.new is not None
-        mapped = {(m.device, m.inode) for m in proc.read_maps(run.new.pid) if "s" in m.perms}
-        old = {(m.device, m.inode) for m in proc.read_maps(self.guest.process.pid) if "s" in m.perms and m.inode}
-        for ram in self.guest.ram:
-            if not any(inode == ram.inode for _, inode in mapped & old):
-                raise StepFailed(self.describe(), f"the new QEMU does not map the guest's RAM {ram.id}")
-
     def undo(self, run: Run) -> None:
         run.kill_new()
         drop(run)
@@ -287,7 +264,37 @@ class StartNew(Step):
         run.new_monitor = None
 
 
-def _words_of(stderr: fds.Fd | None) -> Callable[[], str]:
+def greet(
+    run: Run, step: str, control: socket.socket, first: Sequence[first_words.Command] = ()
+) -> qmp.Monitor:
+    """Wait for the new QEMU's greeting, or for its end; `first` are the first things that it does."""
+    assert run.new is not None
+    waiting = select.poll()
+    waiting.register(control, select.POLLIN)
+    waiting.register(run.new.pidfd.number, select.POLLIN)
+    while not (ready := {fd for fd, _ in waiting.poll(50)}):
+        run.check(step)
+    if control.fileno() not in ready:
+        run.new.wait_dead(1.0)
+        raise NewQemuDied(step, "ended at its start", run.words())
+    seconds = max(1.0, run.remaining())
+    return qmp.negotiate(control, "of the new QEMU", timeout=seconds, attend=run.attend, first=first)
+
+
+def shared_files(pid: int) -> set[tuple[tuple[int, int], int]]:
+    """Device and inode of what a process has mapped shared. Raises ProcessLookupError."""
+    return {(m.device, m.inode) for m in proc.read_maps(pid) if "s" in m.perms and m.inode}
+
+
+def same_ram(guest: Guest, old: set[tuple[tuple[int, int], int]], pid: int, step: str) -> None:
+    """Raise StepFailed unless the process has mapped the very pages of the old one, shared."""
+    both = shared_files(pid) & old
+    for ram in guest.ram:
+        if not any(inode == ram.inode for _, inode in both):
+            raise StepFailed(step, f"the new QEMU does not map the guest's RAM {ram.id}")
+
+
+def words_of(stderr: fds.Fd | None) -> Callable[[], str]:
     """Reads what is written to a log file from now on; nothing where standard error is no regular file."""
     position = 0
     path = f"/proc/self/fd/{stderr.number}" if stderr is not None else ""

@@ -40,6 +40,12 @@ DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc",
 
 VHOST_NET = "/dev/vhost-net"
 
+IN_PLACE_DISTANCE = 100
+"""Between the highest descriptor of the old QEMU and those that it is given for its successor."""
+
+PLUGGED_BY_CLIENTS = ("usb-serial", "usb-braille", "usb-redir", "ccid-card-passthru")
+"""Devices that the guest sees plugged in when a client comes: their doors are left open."""
+
 MARK = "CPR_RUN"
 """Environment variable of the new QEMU, and of the helper that becomes it: see `run_mark`."""
 
@@ -48,7 +54,8 @@ MARK = "CPR_RUN"
 class Inherited:
     """One descriptor of the new QEMU: taken from number `source` of the old one, or opened afresh at `path`.
 
-    `target`: its number there; None where it is sent over the monitor.
+    `target`: its number there; None where it is sent over the monitor. Of a QEMU that is replaced in place `source` and
+    `target` are the same.
     """
 
     name: str
@@ -83,8 +90,8 @@ class Successor:
 class _Numbers:
     """Descriptor numbers for the new QEMU, none twice."""
 
-    def __init__(self) -> None:
-        self._next = FIRST_NUMBER
+    def __init__(self, first: int) -> None:
+        self._next = first
 
     def __call__(self) -> int:
         self._next += 1
@@ -98,6 +105,26 @@ def base_command(guest: Guest) -> cl.CommandLine:
     return cl.normalise_chardevs(inline_readconfig(line, lambda path: files[path]))
 
 
+def doors(guest: Guest) -> tuple[Chardev, ...]:
+    """Chardevs that listen for clients, but for monitors (`OccupyMonitors`)."""
+    devices = [d.params for d in cl.devices(base_command(guest)) if d.driver.startswith(PLUGGED_BY_CLIENTS)]
+    spared = {params.get("chardev") for params in devices}
+    return tuple(
+        c
+        for c in guest.chardevs
+        if c.backend == "socket" and c.server and not c.monitor and c.in_argv and c.listener is not None
+        if c.label not in spared
+    )
+
+
+def waiting_chardevs(guest: Guest) -> tuple[Chardev, ...]:
+    """Chardevs that a QEMU started in place shall wait for a client of: ours, which takes the place of who is there.
+
+    Telnet, websocket and TLS would speak with it.
+    """
+    return tuple(c for c in doors(guest) if c.plain)
+
+
 def controls(guest: Guest) -> str:
     """Label of the guest's own QMP socket if the new QEMU can be driven by it: UNIX, as descriptors must pass."""
     return guest.monitor.label if guest.monitor is not None and guest.monitor.path else CONTROL
@@ -108,14 +135,26 @@ def server_monitors(guest: Guest) -> tuple[Chardev, ...]:
     return tuple(c for c in guest.chardevs if c.monitor and c.server and c.listener is not None)
 
 
-def successor(guest: Guest, target: Target, run_id: str) -> Successor:
-    """Build it. Raises `CommandLineError` where argv cannot be understood (a check has said so before)."""
-    numbers = _Numbers()
+def first_free(guest: Guest) -> int:
+    """The first of the numbers that descriptors are given in the old process: well above what it may open meanwhile."""
+    return max((file.number for file in guest.open_files), default=0) + IN_PLACE_DISTANCE
+
+
+def successor(
+    guest: Guest, target: Target, run_id: str, *, in_place: bool = False, alone: bool = False
+) -> Successor:
+    """Build it. `in_place`: in the process of the old one, where every descriptor has its number already. `alone`: when
+    the old one is gone: it is driven by a private monitor, and waits for nobody at the others.
+
+    Raises `CommandLineError` where argv cannot be understood (a check has said so before).
+    """
+    numbers = _Numbers(first_free(guest) if in_place else FIRST_NUMBER)
     inherited: list[Inherited] = []
     notes: list[str] = []
+    shut = waiting_chardevs(guest) if in_place else ()
 
     def take(name: str, source: int, inode: int = 0) -> int:
-        number = numbers()
+        number = source if in_place else numbers()
         inherited.append(Inherited(name=name, source=source, inode=inode, target=number))
         return number
 
@@ -128,7 +167,7 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
     for block in guest.ram:
         if block.fd is not None and block.shared:
             line = cl.with_memory_backend_fd(line, block.id, take(f"ram:{block.id}", block.fd, block.inode))
-    monitors = server_monitors(guest)
+    monitors = () if alone else server_monitors(guest)
     for chardev in guest.chardevs:
         if chardev.backend != "socket" or not chardev.in_argv:
             continue
@@ -137,9 +176,8 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
             continue
         kind = "listener" if chardev.server else "connection"
         number = take(f"{kind}:{chardev.label}", source)
-        line = cl.with_chardev_fd(
-            line, chardev.label, number, server=chardev.server, wait=chardev.server and chardev in monitors
-        )
+        wait = chardev.server and (chardev in monitors or chardev in shut)
+        line = cl.with_chardev_fd(line, chardev.label, number, server=chardev.server, wait=wait)
     line = _with_taps(line, guest, take, numbers, inherited)
     line = _with_fdsets(line, guest, take)
     line, _ = cl.without_hostfwd(line)
@@ -153,7 +191,7 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
                 names.append(f"vnc:{server.id}:{index}")
                 inherited.append(Inherited(name=names[-1], source=listener, target=None))
         vnc.append((server.id, tuple(names)))
-    control = controls(guest)
+    control = CONTROL if alone else controls(guest)
     control_number: int | None = None
     if control == CONTROL:
         control_number = numbers()
@@ -161,12 +199,14 @@ def successor(guest: Guest, target: Target, run_id: str) -> Successor:
             cl.Option("chardev", f"socket,id={CONTROL},fd={control_number}"),
             cl.Option("mon", f"chardev={CONTROL},mode=control"),
         )
-    translation = translate(line, target.options)
-    notes += translation.changes
+    if target.options is not None:
+        translation = translate(line, target.options)
+        line = translation.cmdline
+        notes += translation.changes
     stale = [k for k, _ in guest.environ if DROPPED_VARIABLES.match(k) and k not in OUR_VARIABLES]
     if stale:
         notes.append(f"variables that are never acted on are not passed on: {', '.join(stale)}")
-    line = cl.append_options(cl.for_incoming(translation.cmdline), target.extra_options)
+    line = cl.append_options(cl.for_incoming(line), target.extra_options)
     return Successor(
         argv=tuple(line.argv()),
         environ=_environ(guest, target, run_id),

@@ -18,7 +18,7 @@ from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds, proc
 from cpr.model import BlockChain, Chardev, Guest, Runstate, Step
 from cpr.qemu import block, clients, migration, qmp
-from cpr.run import CommitRefused, resume_old
+from cpr.run import CommitRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,13 +40,16 @@ class PassVncListeners(Step):
         return f"pass the VNC listener{'s' if len(self.vnc) > 1 else ''} on"
 
     def do(self, run: Run) -> None:
+        self.give(run, run.successor)
+
+    def give(self, run: Run, monitor: qmp.Monitor) -> None:
         for _, names in self.vnc:
             addresses = []
             for name in names:
                 label = name.replace(":", "-")
-                run.successor.send_fd(label, run.descriptors[name].number)
+                monitor.send_fd(label, run.descriptors[name].number)
                 addresses.append({"type": "fd", "str": label})
-            run.successor.execute("display-update", type="vnc", addresses=addresses)
+            monitor.execute("display-update", type="vnc", addresses=addresses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,23 +77,28 @@ class CompareChains(Step):
     """Device -> node -> file, once more: a snapshot taken since the check would make two QEMUs write one image."""
 
     guest: Guest
-    both: bool
-    """Also what the new QEMU opened."""
+    old: bool = True
+    new: bool
+    """What the new QEMU opened."""
 
     def describe(self) -> str:
-        return "compare device -> node -> file " + ("of plan, old and new QEMU" if self.both else "once more")
+        if not self.new:
+            return "compare device -> node -> file once more"
+        return f"compare device -> node -> file of plan{', old' if self.old else ''} and new QEMU"
 
     def do(self, run: Run) -> None:
-        reply = run.extra.pop("chains", None)
-        if reply is None:
-            reply = run.monitor.execute("query-block")
-        self._compare(reply, "the guest has now")
-        if self.both:
+        if self.old:
+            reply = run.extra.pop("chains", None)
+            if reply is None:
+                reply = run.monitor.execute("query-block")
+            self._compare(reply, "the guest has now")
+        if self.new:
+            self._compare(run.successor.execute("query-block"), "the new QEMU would use")
+        if self.old and self.new:
             busy = run.monitor.execute("query-block-jobs")
             if busy:
                 names = ", ".join(str(job.get("device", "?")) for job in busy)
                 raise StepFailed(self.describe(), f"a block job began meanwhile: {names}", hint="wait for its end")
-            self._compare(run.successor.execute("query-block"), "the new QEMU would use")
 
     def _compare(self, reply: Any, whose: str) -> None:
         now = {_key(c): c for c in block.parse_chains(reply)}
@@ -187,15 +195,7 @@ class MoveState(Step):
         run.kill_new()
         if run.old is not None:
             go_on(run.old)
-        if "seen_old" not in run.extra:
-            return  # nothing was sent; whoever has stopped the guest meanwhile had a reason
-        status = resume_old(run.monitor, self.guest.runstate)
-        if self.guest.running and status != Runstate.RUNNING:
-            raise StepFailed("undo", f"the old QEMU is {status} and does not go on", hint="cpr recover tries again")
-        if run.stop_time is None:
-            return
-        resumed = [e for e in run.monitor.events()[run.extra.get("seen_old", 0) :] if e.name == "RESUME"]
-        run.resume_time = resumed[-1].timestamp if resumed else None
+        stream.go_on_after_save(run, self.guest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,7 @@ def launch(
     stderr: int | Fd | None = None,
     mark: tuple[str, str] | None = None,
     ends_with_us: bool = False,
+    places: Places | None = None,
     timeout: float = 30.0,
 ) -> Launched:
     """Start a program in a likeness, as our child; wait (at most `timeout` seconds) until it is exec'ed.
@@ -79,8 +80,9 @@ def launch(
     it is the program. `ends_with_us`: the kernel kills the program when the calling thread ends (not through exec of a
     set-user-id program, and not where a container refuses CLONE_PARENT).
 
-    The likeness's process, if it still lives, gives working directory, root and namespaces; if it does not, the
-    directory is found by its path, and a namespace that is not ours is an error.
+    The likeness's process, if it still lives, gives working directory, root and namespaces, unless they were taken of
+    it earlier (`places`); if it does not, the directory is found by its path, and a namespace that is not ours is an
+    error.
 
     Raises:
         LaunchError: nothing runs.
@@ -89,7 +91,10 @@ def launch(
     wanted = {**(descriptors or {}), **{n: fd for n, fd in standard.items() if fd is not None}}
     until = time.monotonic() + timeout
     with contextlib.ExitStack() as held:
-        spec, numbers = _spec(likeness, wanted, held)
+        if places is None:
+            places = Places(likeness)
+            held.callback(places.close)
+        spec, numbers = _spec(likeness, wanted, places, held)
         spec |= {
             "argv": list(argv),
             "environ": [f"{name}={value}" for name, value in environ],
@@ -115,41 +120,78 @@ def launch(
         return _result(likeness, messages, pid, helper, said)
 
 
+class Places:
+    """Directories, namespaces and id maps of a process, held by descriptor: with them it can be imitated after its end.
+
+    Raises:
+        LaunchError: it is gone and was in a namespace that we are not in, or it may not be looked into.
+    """
+
+    def __init__(self, likeness: Likeness) -> None:
+        lives = _lives(likeness)
+        process = f"/proc/{likeness.pid}"
+        directory = os.O_PATH | os.O_DIRECTORY
+        ours = proc.namespaces(os.getpid())
+        differing = [n for n in likeness.namespaces if n in ours and likeness.namespaces[n] != ours[n]]
+        if differing and not lives:
+            raise LaunchError(
+                "namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace"
+            )
+        with contextlib.ExitStack() as held:
+
+            def hold(step: str, path: str, flags: int) -> Fd:
+                try:
+                    return held.enter_context(Fd(os.open(path, flags | os.O_CLOEXEC)))
+                except OSError as error:
+                    raise LaunchError(step, error.errno or 0, f"{error.strerror}: {path}") from None
+
+            self.cwd = hold("cwd", f"{process}/cwd" if lives else likeness.cwd, directory)
+            self.root = hold("root", f"{process}/root" if lives else likeness.root, directory)
+            self.namespaces = {
+                name: hold("namespaces", f"{process}/ns/{name}", os.O_RDONLY) for name in differing
+            }
+            for name, fd in self.namespaces.items():
+                found = os.fstat(fd.number)
+                if (found.st_dev, found.st_ino) != likeness.namespaces[name]:
+                    raise LaunchError("namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace")
+            self.id_maps = ("", "")
+            """/proc/PID/uid_map and gid_map, where it is in another user namespace."""
+            if "user" in differing:
+                self.id_maps = (
+                    procfile.read_text(likeness.pid, "uid_map"),
+                    procfile.read_text(likeness.pid, "gid_map"),
+                )
+            held.pop_all()
+
+    def close(self) -> None:
+        """Let go. Safe to repeat."""
+        for fd in (self.cwd, self.root, *self.namespaces.values()):
+            fd.close()
+
+
 def _spec(
-    likeness: Likeness, wanted: Mapping[int, int | Fd], held: contextlib.ExitStack
+    likeness: Likeness, wanted: Mapping[int, int | Fd], places: Places, held: contextlib.ExitStack
 ) -> tuple[dict[str, Any], list[int]]:
     """The message to the helper, and the descriptors it names by index; those we open are closed by `held`."""
     numbers = [fd.number if isinstance(fd, Fd) else fd for fd in wanted.values()]
 
-    def hold(step: str, path: str, flags: int) -> int:
-        try:
-            numbers.append(held.enter_context(Fd(os.open(path, flags | os.O_CLOEXEC))).number)
-        except OSError as error:
-            raise LaunchError(step, error.errno or 0, f"{error.strerror}: {path}") from None
+    def send(fd: Fd) -> int:
+        numbers.append(fd.number)
         return len(numbers) - 1
 
-    lives = _lives(likeness)
-    process = f"/proc/{likeness.pid}"
-    directory = os.O_PATH | os.O_DIRECTORY
-    ours = proc.namespaces(os.getpid())
-    differing = [n for n in likeness.namespaces if n in ours and likeness.namespaces[n] != ours[n]]
-    if differing and not lives:
-        raise LaunchError(
-            "namespaces", errno.ESRCH, f"nobody is left in its {', '.join(differing)} namespace"
-        )
+    try:
+        proc_directory = held.enter_context(Fd(os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+    except OSError as error:
+        raise LaunchError("launcher", error.errno or 0, f"{error.strerror}: /proc") from None
     spec: dict[str, Any] = {
         "descriptors": list(zip(wanted, range(len(wanted)), strict=True)),
         "cgroups": _cgroup_directories(likeness),
-        "cwd": hold("cwd", f"{process}/cwd" if lives else likeness.cwd, directory),
-        "root": hold("root", f"{process}/root" if lives else likeness.root, directory),
-        "proc": hold("launcher", "/proc", directory),
-        "namespaces": [(name, hold("namespaces", f"{process}/ns/{name}", os.O_RDONLY)) for name in differing],
+        "cwd": send(places.cwd),
+        "root": send(places.root),
+        "proc": send(proc_directory),
+        "namespaces": [(name, send(fd)) for name, fd in places.namespaces.items()],
     }
-    for name, index in spec["namespaces"]:
-        found = os.fstat(numbers[index])
-        if (found.st_dev, found.st_ino) != likeness.namespaces[name]:
-            raise LaunchError("namespaces", errno.ESTALE, f"pid {likeness.pid} left its {name} namespace")
-    spec |= _credentials(likeness, "user" in differing)
+    spec |= _credentials(likeness, places)
     label = likeness.security_label
     spec["security_label"] = None if label == proc.security_label(os.getpid()) else label
     s = likeness.scheduling
@@ -193,13 +235,10 @@ def _cgroup_directories(likeness: Likeness) -> list[str]:
     return directories
 
 
-def _credentials(likeness: Likeness, other_user_namespace: bool) -> dict[str, Any]:
+def _credentials(likeness: Likeness, places: Places) -> dict[str, Any]:
     """Ids as they are called inside the user namespace that is going to be joined."""
-    uid_map: list[tuple[int, int, int]] = []
-    gid_map: list[tuple[int, int, int]] = []
-    if other_user_namespace:
-        uid_map = parse_id_map(procfile.read_text(likeness.pid, "uid_map"))
-        gid_map = parse_id_map(procfile.read_text(likeness.pid, "gid_map"))
+    other_user_namespace = "user" in places.namespaces
+    uid_map, gid_map = map(parse_id_map, places.id_maps)
 
     def inside(ids: Iterable[int], id_map: list[tuple[int, int, int]]) -> list[int]:
         if not other_user_namespace:

@@ -11,7 +11,7 @@ Out of scope: which program, with which arguments; those are the caller's.
 
 from __future__ import annotations
 
-from cpr.linux.launch import Launched, LaunchError, launch
+from cpr.linux.launch import Launched, LaunchError, Places, launch
 from cpr.linux.placement import ThreadPlacement, apply_placement, thread_placement
 from cpr.linux.traits import Likeness, differences, likeness_of, own_likeness
 
@@ -19,6 +19,7 @@ __all__ = [
     "LaunchError",
     "Launched",
     "Likeness",
+    "Places",
     "ThreadPlacement",
     "apply_placement",
     "differences",

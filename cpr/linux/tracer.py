@@ -271,6 +271,7 @@ class Helper:
             return tuple(self._tracee.batch(operation.calls, self._check_caller))
         else:
             self._tracee.execve(operation.program, operation.argv, operation.environ)
+            self._room = None  # looked for again in the new program
         return ()
 
     def _check_caller(self) -> None:

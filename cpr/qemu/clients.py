@@ -20,7 +20,7 @@ from cpr.model import Chardev, MonitorAddress
 from cpr.qemu import qmp
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from cpr.linux.fds import Fd
 
@@ -72,10 +72,12 @@ def files_among(targets: Mapping[int, str]) -> set[str]:
     return {target for target in targets.values() if target.startswith("/")}
 
 
-def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[str, Fd]) -> tuple[Chardev, ...]:
+def connected_now(
+    pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[str, Fd], *, besides: Collection[int] = ()
+) -> tuple[Chardev, ...]:
     """The given chardevs with `client` as it is now; `listeners` are duplicates by label.
 
-    Every socket of the process is looked at by a duplicate of it.
+    Every socket of the process is looked at by a duplicate of it, but for the numbers `besides`.
 
     Raises:
         OSError: the process is gone or may not be looked into.
@@ -87,6 +89,8 @@ def connected_now(pid: int, chardevs: tuple[Chardev, ...], listeners: Mapping[st
     found: dict[str, int] = {}
     with fds.Fd(os.pidfd_open(pid)) as pidfd:
         for number in socket_numbers(pid).values():
+            if number in besides:
+                continue
             with contextlib.suppress(OSError):  # closed meanwhile, or not connected
                 with fds.take_fd(pidfd, number) as taken, socket_of(taken) as sock:
                     label = names.get(_local(sock), "")

@@ -81,7 +81,7 @@ def test_the_request_reaches_the_engine() -> None:
     assert engine.requests == ["what was asked for"]
 
 
-@pytest.mark.parametrize("name", ["reexec", "cpr-exec", "cpr-transfer", "cprsave", "copy"])
+@pytest.mark.parametrize("name", ["cpr-exec", "cpr-transfer", "cprsave", "copy"])
 def test_engines_of_later_releases_are_named(name: str) -> None:
     with pytest.raises(UsageError, match="not in this release"):
         make(engines={"handover": FakeEngine()}, engine=name)

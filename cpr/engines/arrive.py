@@ -1,0 +1,111 @@
+"""The new QEMU is in the old one's process: it takes state and connections, and what is left over is closed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.engines import stream
+from cpr.engines.inplace import O_CLOEXEC, in_place
+from cpr.engines.prepare import same_ram
+from cpr.engines.successor import waiting_chardevs
+from cpr.errors import StepFailed
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach
+from cpr.model import Guest, Runstate, Step
+from cpr.qemu import clients, migration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cpr.engines.inplace import InPlace
+    from cpr.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadState(Step):
+    """The new QEMU takes the state that the old one left. Its `undo` is that of `ExecNew`."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "load the device state into the new QEMU"
+
+    def do(self, run: Run) -> None:
+        kept = in_place(run)
+        if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
+            raise StepFailed(self.describe(), "another QEMU answered on the monitor")
+        same_ram(self.guest, kept.ram, self.guest.process.pid, self.describe())
+        migration.prepare(run.successor, migration.ONE_WAY)
+        stream.feed(run, run.successor, kept.state.number, self.describe())
+        if any(event.name == "RESUME" for event in run.successor.events()):
+            raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepClients(Step):
+    """Put each client that was connected in the place of ours (dup3 in the process): it never notices.
+
+    Not before the state is loaded: the new QEMU would swallow their input.
+    """
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "give the connected clients their places again"
+
+    def do(self, run: Run) -> None:
+        kept = in_place(run)
+        if not kept.clients:
+            return
+        calls = [*self._places(run, kept), *_left(kept)]
+        try:
+            kept.tracer.run(Attach(), Batch(tuple(calls)), Detach())
+        except OSError as error:
+            raise StepFailed(self.describe(), f"{error.strerror or error}") from None
+        kept.left = ()
+        for label in kept.clients:
+            kept.standing_in.pop(label).close()
+
+    def _places(self, run: Run, kept: InPlace) -> Iterator[Call]:
+        wanted = tuple(c for c in waiting_chardevs(self.guest) if c.label in kept.clients)
+        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
+        besides = set(kept.clients.values())
+        for chardev in clients.connected_now(self.guest.process.pid, wanted, listeners, besides=besides):
+            if chardev.client is None:
+                raise StepFailed(self.describe(), f"{chardev.label}: the new QEMU has not accepted our client")
+            number = kept.clients[chardev.label]
+            yield Call("dup3", (number, chardev.client, O_CLOEXEC))
+            yield Call("close", (number,))
+
+
+def _left(kept: InPlace) -> list[Call]:
+    return [Call("close", (number,)) for number in kept.left]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetClientsIn(Step):
+    """After the commit: ours hang up, so that the next ones are accepted, and what is left over is closed."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "let clients in again, and close what is left over"
+
+    def do(self, run: Run) -> None:
+        kept = in_place(run)
+        for sock in kept.standing_in.values():
+            sock.close()
+        kept.standing_in.clear()
+        calls = _left(kept)
+        if not calls:
+            return
+        kept.left = ()
+        try:
+            kept.tracer.run(Attach(), Batch(tuple(calls)), Detach())
+        except OSError as error:
+            raise StepFailed(self.describe(), f"{error.strerror or error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                kept.tracer.close()

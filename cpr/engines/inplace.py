@@ -1,0 +1,372 @@
+"""Replacing QEMU in its own process, from the preparation to the start of the new program. What follows is `arrive.py`.
+
+The guest's RAM, state and connections are held twice from the moment it stands still: by descriptors of its process
+that survive the exec, and by duplicates of them that are ours. Until the exec the way back is to go on; after it, the
+old program is started again from what we hold (`wayback.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cpr.engines import stream
+from cpr.engines.prepare import greet, shared_files, words_of
+from cpr.engines.settings import Settings
+from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
+from cpr.engines.switch import CLIENT
+from cpr.engines.wayback import bring_back
+from cpr.errors import CommandFailed, CprError, StepFailed
+from cpr.linux import fds, likeness, proc
+from cpr.linux.process import Process
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Tracer
+from cpr.model import Guest, Step, Target
+from cpr.qemu import clients, migration, qmp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cpr.engines.successor import Inherited, Successor
+    from cpr.run import Run
+
+STATE = "cpr-state"
+LOOKS = 20
+"""How often it is looked whether nobody is about to be accepted, before the threads are stopped for good."""
+F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class InPlace:
+    """What a run that replaces QEMU in place has in hand."""
+
+    tracer: Tracer
+    like: likeness.Likeness
+    places: likeness.Places
+    settings: Settings
+    binary: fds.Fd
+    """The old program, whatever becomes of its file."""
+    state: fds.Fd
+    """Memory file with the device state; the guest's process has it under `given[STATE]`."""
+    ram: set[tuple[tuple[int, int], int]]
+    files: set[str] = field(default_factory=set)
+    """What the process has open, all that it was given included."""
+    given: dict[str, int] = field(default_factory=dict)
+    """Numbers in the guest's process of what it was given over its monitor."""
+    clients: dict[str, int] = field(default_factory=dict)
+    """Numbers in the guest's process of the clients that are kept, by chardev."""
+    standing_in: dict[str, socket.socket] = field(default_factory=dict)
+    """Our end of the clients that the new QEMU starts with, by chardev."""
+    left: tuple[int, ...] = ()
+    """Numbers in the new QEMU that it does not need once it has started and loaded the state."""
+    changed: tuple[int, ...] = ()
+    """Numbers without FD_CLOEXEC that had it."""
+    executed: bool = False
+
+
+def in_place(run: Run) -> InPlace:
+    value: InPlace = run.extra["in_place"]
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareExec(Step):
+    """All that takes time and can be done while the guest runs: what it is to be given, the tracer, the settings."""
+
+    guest: Guest
+    successor: Successor
+
+    def describe(self) -> str:
+        return f"hold state and program of pid {self.guest.process.pid} ready, and a tracer"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        pid = self.guest.process.pid
+        run.extra["touched"] = True
+        run.words = words_of(run.descriptors.get("stdio:2"))
+        like = likeness.likeness_of(pid)
+        new = self.successor
+        settings = Settings.of(
+            self.guest, likeness.thread_placement(pid), [*new.forwards, *([new.gdb] if new.gdb else [])]
+        )
+        run.extra["settings"] = settings
+        run.journal.fact("settings", value=settings.json())
+        kept = run.extra["in_place"] = InPlace(
+            tracer=Tracer.start(run.old),
+            like=like,
+            places=likeness.Places(like),
+            settings=settings,
+            binary=fds.Fd(os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)),
+            state=fds.Fd(os.memfd_create(STATE, os.MFD_CLOEXEC)),
+            ram=shared_files(pid),
+        )
+        run.closing.callback(kept.tracer.close)
+        run.closing.callback(kept.places.close)
+        self._give(run, kept, STATE, kept.state.number)
+        for entry in new.inherited:
+            if entry.source is None:
+                self._give(run, kept, entry.name, run.descriptors[entry.name].number)
+        if new.control_number is not None:
+            ours, theirs = socket.socketpair()
+            run.extra["control"] = ours
+            with theirs:
+                self._give(run, kept, new.control, theirs.fileno())
+        migration.prepare(run.monitor, migration.ONE_WAY)
+        here, there = socket.socketpair()
+        run.closing.callback(here.close)
+        with there:
+            run.monitor.send_fd(stream.NAME, there.fileno())
+        run.extra["stream"] = here
+        kept.files = clients.files_among(clients.descriptor_targets(pid))
+        run.notes += new.notes
+
+    def _give(self, run: Run, kept: InPlace, name: str, number: int) -> None:
+        """Send a descriptor, and find out under which number the process has it."""
+        assert run.old is not None
+        pid = run.old.pid
+        before = set(clients.descriptor_targets(pid))
+        run.monitor.send_fd(_label(name), number)
+        wanted = os.fstat(number)
+        found = []
+        for there in clients.descriptor_targets(pid).keys() - before:
+            with contextlib.suppress(OSError):
+                status = os.stat(f"/proc/{pid}/fd/{there}")
+                if (status.st_dev, status.st_ino, status.st_rdev) == (wanted.st_dev, wanted.st_ino, wanted.st_rdev):
+                    found.append(there)
+        if len(found) != 1:
+            raise StepFailed(self.describe(), f"{name}: not found again among the descriptors of pid {pid}")
+        kept.given[name] = found[0]
+
+    def undo(self, run: Run) -> None:
+        kept: InPlace | None = run.extra.get("in_place")
+        if kept is None:
+            return
+        kept.tracer.close()
+        if kept.executed:
+            return
+        for name in (*kept.given, stream.NAME):
+            with contextlib.suppress(CommandFailed):
+                run.monitor.execute("closefd", fdname=_label(name))
+        migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
+
+
+def _label(name: str) -> str:
+    return name.replace(":", "-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveState(Step):
+    """`migrate` into a memory file that the guest's process has too; QEMU stops the guest for it."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "save the device state; QEMU stops the guest for it"
+
+    def do(self, run: Run) -> None:
+        status = run.monitor.execute("query-status")["status"]
+        if status != self.guest.runstate:
+            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+        run.extra["seen_old"] = seen = run.monitor.event_count
+        stream.save(run, in_place(run).state.number, self.describe())
+        if self.guest.running:
+            stop = [event for event in run.monitor.events()[seen:] if event.name == "STOP"]
+            if not stop:
+                raise StepFailed(self.describe(), "the guest did not stop")
+            run.stop_time = stop[-1].timestamp
+        run.extra["chains"] = run.monitor.execute("query-block")
+
+    def undo(self, run: Run) -> None:
+        if not in_place(run).executed:
+            stream.go_on_after_save(run, self.guest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecNew(Step):
+    """Stop all threads, see who is connected, let that survive, and have the process execute the new QEMU."""
+
+    guest: Guest
+    target: Target
+    successor: Successor
+    back: Successor
+    """How the old program is started again."""
+    run_id: str
+
+    def describe(self) -> str:
+        return f"execute {self.target.binary} in pid {self.guest.process.pid}"
+
+    def do(self, run: Run) -> None:
+        kept = in_place(run)
+        try:
+            self._stop_between_clients(run, kept)
+            self._stand_in(run, kept)
+            calls = list(self._calls(run, kept))
+            mark = run_mark(self.run_id, self.guest.process.pid)
+            vnc = _numbers_of(self.successor)
+            run.journal.fact(
+                "exec", mark=mark, state=kept.given[STATE], clients=kept.clients, vnc=vnc, left=kept.left
+            )
+            self._exec(run, kept, calls)
+        except OSError as error:
+            words = f"{error.strerror or error}"
+            raise StepFailed(self.describe(), f"the guest's process could not be made to: {words}") from None
+        old = run.monitor
+        run.new = _same_process(self.guest)
+        old.close()
+        control = run.extra.pop("control")
+        control.setblocking(True)
+        run.new_monitor = greet(run, self.describe(), control)
+
+    def _stop_between_clients(self, run: Run, kept: InPlace) -> None:
+        """Stop all threads in a moment in which nobody waits to be accepted."""
+        shut = {c.label: run.descriptors[f"listener:{c.label}"] for c in doors(self.guest)}
+        for _ in range(LOOKS):
+            kept.tracer.run(Attach())
+            waiting = [label for label, fd in shut.items() if select.select([fd.number], [], [], 0)[0]]
+            self._look(run, kept)
+            taken = [label for label in waiting if label in kept.clients]
+            if taken:
+                raise StepFailed(
+                    self.describe(),
+                    f"a second client waits for {', '.join(taken)}, and would take the place of the first",
+                    hint="end the second client and try again",
+                )
+            if not waiting:
+                return
+            kept.tracer.run(Detach())
+            run.check(self.describe())
+        raise StepFailed(self.describe(), f"clients keep coming to {', '.join(waiting)}", hint="try again")
+
+    def _look(self, run: Run, kept: InPlace) -> None:
+        """Who is connected, and whether a file was opened since the chains were compared."""
+        pid = self.guest.process.pid
+        opened = clients.files_among(clients.descriptor_targets(pid)) - kept.files
+        if opened:
+            raise StepFailed(self.describe(), f"QEMU has opened {', '.join(sorted(opened))}", hint="try again")
+        for name in [n for n in run.descriptors if n.startswith(CLIENT)]:
+            run.descriptors.pop(name).close()
+        kept.clients.clear()
+        plain = waiting_chardevs(self.guest)
+        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in plain}
+        assert run.old is not None
+        for chardev in clients.connected_now(pid, plain, listeners):
+            if chardev.client is not None:
+                run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+                kept.clients[chardev.label] = chardev.client
+
+    def _stand_in(self, run: Run, kept: InPlace) -> None:
+        """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""
+        for chardev in waiting_chardevs(self.guest):
+            listener = run.descriptors[f"listener:{chardev.label}"]
+            address = clients.listen_address(listener, chardev.label)
+            try:
+                clients.lengthen_queue(listener)
+                kept.standing_in[chardev.label] = qmp.open_socket(address, self.guest.process.pid)
+            except OSError as error:
+                raise StepFailed(
+                    self.describe(), f"{chardev.label}: nobody can connect to {address} ({error.strerror or error})"
+                ) from None
+
+    def _calls(self, run: Run, kept: InPlace) -> Iterator[Call]:
+        """Let survive what is to survive. Raises StepFailed where a number is not what it was."""
+        table = {row.number: row for row in fds.descriptor_table(self.guest.process.pid)}
+        survive = [*kept.clients.values(), kept.given[STATE]]
+        moved: list[tuple[int, int]] = []
+        for entry in self.successor.inherited:
+            if entry.source is not None:
+                self._same(run, entry, table)
+                survive.append(entry.source)
+            elif entry.target is not None:
+                moved.append((kept.given[entry.name], entry.target))
+        if self.successor.control_number is not None:
+            moved.append((kept.given[self.successor.control], self.successor.control_number))
+        if occupied := {target for _, target in moved} & table.keys():
+            raise StepFailed(self.describe(), f"descriptors {sorted(occupied)} are taken meanwhile", hint="try again")
+        kept.left = (kept.given[STATE], *_once(self.successor))
+        kept.changed = tuple(n for n in dict.fromkeys(survive) if table[n].close_on_exec)
+        for number in kept.changed:
+            yield Call("fcntl", (number, F_SETFD, 0))
+        for source, target in moved:
+            yield Call("dup3", (source, target, 0))
+
+    def _same(self, run: Run, entry: Inherited, table: dict[int, fds.OpenDescriptor]) -> None:
+        assert entry.source is not None
+        row, ours = table.get(entry.source), os.fstat(run.descriptors[entry.name].number)
+        if row is None or (row.device, row.inode) != (ours.st_dev, ours.st_ino):
+            raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+
+    def _exec(self, run: Run, kept: InPlace, calls: Sequence[Call]) -> None:
+        """Point of no return: from the reply on the process is the new program."""
+        environ = tuple(f"{name}={value}" for name, value in self.successor.environ)
+        program = Exec(self.target.binary.path, self.successor.argv, environ)
+        replies = kept.tracer.events(Batch(tuple(calls)), program, Detach())
+        next(replies).raise_error()
+        try:
+            next(replies).raise_error()
+            kept.executed = True
+            next(replies).raise_error()
+        except ConnectionError:
+            kept.executed = kept.executed or self._became(run)
+            if not kept.executed:
+                raise
+
+    def _became(self, run: Run) -> bool:
+        """Whether the process is the new program, where the tracer did not live to tell; one that is gone is lost."""
+        assert run.old is not None
+        if not run.old.alive():
+            return True
+        mark = run_mark(self.run_id, self.guest.process.pid)
+        return dict(proc.read_environ(self.guest.process.pid)).get(MARK) == mark
+
+    def undo(self, run: Run) -> None:
+        kept: InPlace = in_place(run)
+        for sock in kept.standing_in.values():
+            sock.close()
+        kept.standing_in.clear()
+        if kept.executed:
+            bring_back(run, self.guest, self.back, kept)
+            return
+        kept.tracer.close()  # its threads run again
+        if kept.changed:
+            self._as_before(run, kept)
+
+    def _as_before(self, run: Run, kept: InPlace) -> None:
+        """FD_CLOEXEC as it was, and nothing at the numbers that were given."""
+        assert run.old is not None
+        pid = self.guest.process.pid
+        with contextlib.suppress(OSError, CprError):
+            there = clients.descriptor_targets(pid)
+            left = [e.target for e in self.successor.inherited if e.source is None and e.target in there]
+            if self.successor.control_number in there:
+                left.append(self.successor.control_number)
+            calls = [Call("fcntl", (n, F_SETFD, FD_CLOEXEC)) for n in kept.changed if n in there]
+            calls += [Call("close", (n,)) for n in left if n is not None]
+            with Tracer.start(run.old) as tracer:
+                tracer.run(Attach(), Batch(tuple(calls)), Detach())
+
+
+def _once(new: Successor) -> list[int]:
+    """What survives to be taken once: of RAM QEMU opens /proc/self/fd/N again, and VNC listeners come by monitor."""
+    return [e.source for e in new.inherited if e.name.startswith(("ram:", "vnc:")) and e.source is not None]
+
+
+def _numbers_of(new: Successor) -> list[list[int]]:
+    """The VNC listeners of each display."""
+    sources = {e.name: e.source for e in new.inherited}
+    return [[n for name in names if (n := sources[name]) is not None] for _, names in new.vnc]
+
+
+def _same_process(guest: Guest) -> Process:
+    """A second hold on the guest's process; it may have ended already, which shows in `alive`. Raises StepFailed."""
+    from cpr.linux.process import open_process
+
+    try:
+        return open_process(guest.process.pid, guest.process.start_time)
+    except OSError as error:
+        raise StepFailed("execute the new QEMU", f"the process did not survive it: {error}") from None
+
+

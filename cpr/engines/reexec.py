@@ -1,0 +1,78 @@
+"""Re-exec: QEMU is replaced in its own process, which keeps its pid, parent, descriptors and connections.
+
+The steps below, read from top to bottom, are the whole of it; docs/engines.md says why each is there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpr.engines import after, arrive, inplace, prepare, switch
+from cpr.engines.handover import unknown_numbers
+from cpr.engines.successor import successor
+from cpr.model import Finding, Severity, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cpr.engines.base import Request
+    from cpr.model import Guest, Host, Step
+
+
+class Reexec:
+    """The engine of that name."""
+
+    name = "reexec"
+
+    def findings(self, guest: Guest, host: Host, target: Target) -> Iterator[Finding]:
+        yield from unknown_numbers(guest, self.name)
+        if guest.monitor is None or not guest.monitor.path:
+            yield Finding(
+                check="monitor-tcp",
+                severity=Severity.BLOCKER,
+                subject=str(guest.monitor or "no monitor"),
+                message="descriptors cannot be passed over the guest's only QMP socket, which is no UNIX socket",
+                hint="start the guest with -qmp unix:PATH,server=on,wait=off",
+                engines=(self.name,),
+            )
+
+    def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
+        new = successor(guest, target, request.run_id, in_place=True)
+        back = successor(guest, itself(guest), request.run_id, alone=True)
+        plan: list[Step] = [
+            prepare.OpenMonitor(guest=guest),
+            prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
+            prepare.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
+            inplace.PrepareExec(guest=guest, successor=new),
+            switch.CompareChains(guest=guest, new=False),
+            inplace.SaveState(guest=guest, blackout=True),
+            switch.CompareChains(guest=guest, new=False, blackout=True),
+            inplace.ExecNew(
+                guest=guest, target=target, successor=new, back=back, run_id=request.run_id, blackout=True
+            ),
+            arrive.LoadState(guest=guest, blackout=True),
+            switch.CompareChains(guest=guest, old=False, new=True, blackout=True),
+            arrive.KeepClients(guest=guest, blackout=True),
+            switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
+        ]
+        if new.vnc:
+            plan.append(switch.PassVncListeners(vnc=new.vnc))
+        if new.forwards or new.gdb:
+            plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
+        plan += [arrive.LetClientsIn(guest=guest), after.Settle(guest=guest), after.Verify(guest=guest)]
+        return plan
+
+
+def itself(guest: Guest) -> Target:
+    """The guest's own QEMU as a target: nothing has to be translated for it."""
+    return Target(
+        binary=guest.binary,
+        machines=frozenset(),
+        machine_aliases={},
+        device_types=frozenset(),
+        commands=frozenset(),
+        migrate_modes=frozenset(),
+        capabilities=frozenset(),
+        options=None,
+        extra_options=guest.added_options,
+    )

@@ -1,0 +1,127 @@
+"""The way back of an update in place: the old program is started again from RAM, state and connections that we hold.
+
+The new program has died, hangs or does not take the state, and has run nothing of the guest. It is killed, a process
+in the likeness of the old one executes the old program by the descriptor that we hold, and the guest goes on there.
+Only its pid is another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+from cpr.engines import stream
+from cpr.engines.prepare import greet, same_ram, words_of
+from cpr.engines.settings import hand_back, put_back
+from cpr.engines.successor import MARK, run_mark
+from cpr.engines.switch import CLIENT, PassVncListeners
+from cpr.errors import CommandFailed, CprError, StepFailed
+from cpr.linux import likeness
+from cpr.linux.process import Process
+from cpr.qemu import migration
+
+if TYPE_CHECKING:
+    from cpr.engines.inplace import InPlace
+    from cpr.engines.successor import Successor
+    from cpr.model import Guest
+    from cpr.run import Run
+
+STEP = "start the old QEMU again"
+STATE_NUMBER, PROGRAM_NUMBER = 8, 9
+"""Below all that a successor is given: the state, for `cpr recover`, and the old program where another file stands at
+its path now."""
+
+
+def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
+    """Start the old program again and have the guest go on in it; `run.old` is that process afterwards.
+
+    Raises:
+        StepFailed, NewQemuDied: it could not be; what is held stays held as long as we live.
+    """
+    assert run.old is not None
+    run.old.kill()
+    if not run.old.wait_dead(15.0):
+        raise StepFailed(STEP, f"pid {run.old.pid} does not die", hint="cpr recover tries again")
+    run.new = None
+    process, control = _launch(run, guest, back, kept)
+    try:
+        run.new = process
+        run.journal.fact("back", pid=process.pid, start_time=process.start_time, state=STATE_NUMBER)
+        if run.new_monitor is not None:
+            run.new_monitor.close()
+        monitor = run.new_monitor = greet(run, STEP, control)
+        same_ram(guest, kept.ram, process.pid, STEP)
+        migration.prepare(monitor, migration.ONE_WAY)
+        stream.feed(run, monitor, kept.state.number, STEP)
+    except BaseException:
+        run.kill_new()
+        run.new = None
+        raise
+    _reconnect(run, guest)
+    seen = monitor.event_count
+    if guest.running:
+        monitor.execute("cont")
+        with contextlib.suppress(TimeoutError, CprError):
+            run.resume_time = monitor.wait_event({"RESUME"}, timeout=2.0, after=seen).timestamp
+    run.old, run.new = process, None
+    run.old_monitor, run.new_monitor = monitor, None
+    _put_back(run, guest, back, kept)
+
+
+def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, socket.socket]:
+    run.words = words_of(run.descriptors.get("stdio:2"))
+    ours, theirs = socket.socketpair()
+    assert back.control_number is not None
+    given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
+    given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
+    with theirs:
+        for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
+            try:
+                launched = likeness.launch(
+                    kept.like,
+                    argv=back.argv,
+                    environ=back.environ,
+                    executable=executable,
+                    descriptors=given if executable[1] else {**given, PROGRAM_NUMBER: kept.binary.number},
+                    stdin=run.descriptors.get("stdio:0"),
+                    stdout=run.descriptors.get("stdio:1"),
+                    stderr=run.descriptors.get("stdio:2"),
+                    mark=(MARK, run_mark(run.journal.run_id, guest.process.pid)),
+                    places=kept.places,
+                )
+            except OSError as error:
+                failure = error
+                continue
+            return Process(launched.pid, launched.start_time, launched.pidfd), ours
+    ours.close()
+    raise StepFailed(STEP, f"it cannot be started: {failure.strerror or failure}")
+
+
+def _reconnect(run: Run, guest: Guest) -> None:
+    """Clients that were connected go on; one whose place somebody has taken is told of."""
+    monitor = run.successor
+    for name, fd in run.descriptors.items():
+        label = name.removeprefix(CLIENT)
+        if label == name:
+            continue
+        try:
+            monitor.send_fd("cpr-client", fd.number)
+            monitor.execute("add_client", protocol=label, fdname="cpr-client")
+        except CommandFailed as error:
+            run.notes.append(f"{label}: its client lost its place on the way back ({error.description})")
+
+
+def _put_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
+    """The guest runs; what fails now is told, and nothing more."""
+    assert run.old is not None
+    failed = put_back(run.monitor, kept.settings, old=guest.process.pid, new=run.old.pid)
+    told: list[str] = []
+    try:
+        if back.vnc:
+            PassVncListeners(vnc=back.vnc).give(run, run.monitor)
+        told, more = hand_back(run.monitor, kept.settings.hand_back)
+        failed += more
+    except CprError as error:
+        failed.append(error.message)
+    run.notes += [*told, *failed]

@@ -1,0 +1,133 @@
+"""Recover an update in place whose keeper died: whatever the process is now, the guest shall run in it.
+
+    the old program            it goes on there, as after a handover that was not committed (`recover.py`)
+    the new one, no commit     forward: the state lies in a memory file that the process has; it is loaded, clients get
+                               their places, and the guest runs
+    the new one, committed     what was left to do is done
+
+The process has everything under the numbers that the journal names, so nothing of the keeper is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from cpr.engines.successor import MARK
+from cpr.errors import CommandFailed, CprError
+from cpr.linux import proc
+from cpr.linux.fds import take_fd
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Tracer
+from cpr.model import Runstate
+from cpr.qemu import migration
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cpr.journal import Record
+    from cpr.linux.process import Process
+    from cpr.qemu.qmp import Monitor
+
+CHUNK = 1 << 18
+LOAD_SECONDS = 30.0
+FEED = "cpr-stream"
+
+
+def executed(record: Record) -> bool:
+    """Whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
+    fact = record.facts.get("exec")
+    return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
+
+
+def arrive(
+    record: Record, process: Process, monitor: Monitor, fact: Mapping[str, Any]
+) -> tuple[str, list[str]]:
+    """Bring the guest to run in the program that `process` is now, from what the journal says of it (`fact`).
+
+    Its runstate, and what it lost on the way, in words.
+
+    Raises:
+        CprError: it does not take the state, or does not answer; nothing ran, and nothing of it is lost. OSError.
+    """
+    lost: list[str] = []
+    status = str(monitor.execute("query-status")["status"])
+    if status == Runstate.INMIGRATE:
+        migration.prepare(monitor, migration.ONE_WAY)
+        _load(process, monitor, int(fact["state"]))
+        status = str(monitor.execute("query-status")["status"])
+    told = record.steps.get(record.commit_index) == "done"
+    if status == Runstate.RUNNING or told:
+        return status, lost
+    lost += _reconnect(process, monitor, fact.get("clients", {}))
+    lost += _listen(process, monitor, fact.get("vnc", []))
+    if record.header["guest"]["runstate"] == Runstate.RUNNING:
+        monitor.execute("cont")
+        status = str(monitor.execute("query-status")["status"])
+    return status, lost + _close(process, fact.get("left", []))
+
+
+def _load(process: Process, monitor: Monitor, number: int) -> None:
+    """Let QEMU load the state that lies in its own descriptor `number`."""
+    seen = monitor.event_count
+    here, there = socket.socketpair()
+    with take_fd(process.pidfd, number) as state, here:
+        with there:
+            monitor.send_fd(FEED, there.fileno())
+        monitor.execute("migrate-incoming", uri=f"fd:{FEED}")
+        size, offset = os.fstat(state.number).st_size, 0
+        here.settimeout(LOAD_SECONDS)
+        with contextlib.suppress(ConnectionError):
+            while offset < size:
+                offset += here.send(os.pread(state.number, CHUNK, offset))
+            here.shutdown(socket.SHUT_WR)
+        event = monitor.wait_event(
+            {"MIGRATION"},
+            lambda e: e.data.get("status") in ("completed", "failed"),
+            timeout=LOAD_SECONDS,
+            after=seen,
+        )
+    if event.data["status"] != "completed":
+        raise CprError(f"the new QEMU does not take the state: {migration.failure(monitor)}")
+
+
+def _reconnect(process: Process, monitor: Monitor, numbers: dict[str, Any]) -> list[str]:
+    """Give the clients that were connected their places, where nobody has taken them."""
+    lost = []
+    for label, number in numbers.items():
+        try:
+            with take_fd(process.pidfd, int(number)) as client:
+                monitor.send_fd("cpr-client", client.number)
+            monitor.execute("add_client", protocol=label, fdname="cpr-client")
+        except (CommandFailed, OSError) as error:
+            lost.append(f"the client of {label} lost its place: {error}")
+    return lost
+
+
+def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[int]]) -> list[str]:
+    """Give QEMU the VNC listeners that its process has."""
+    lost = []
+    for numbers in displays:
+        addresses = []
+        try:
+            for number in numbers:
+                with take_fd(process.pidfd, number) as listener:
+                    monitor.send_fd(f"cpr-vnc-{number}", listener.number)
+                addresses.append({"type": "fd", "str": f"cpr-vnc-{number}"})
+            monitor.execute("display-update", type="vnc", addresses=addresses)
+        except (CommandFailed, OSError) as error:
+            lost.append(f"a VNC display does not listen any more: {error}")
+    return lost
+
+
+def _close(process: Process, numbers: Sequence[int]) -> list[str]:
+    """Close in the process what it needed once."""
+    calls = tuple(Call("close", (number,)) for number in numbers)
+    try:
+        with Tracer.start(process) as tracer:
+            tracer.run(Attach(), Batch(calls), Detach())
+    except (CprError, OSError) as error:
+        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"] if calls else []
+    return []
