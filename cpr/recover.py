@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cpr import errors, recover_in_place
 from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
+from cpr.engines.inplace import as_before
 from cpr.engines.reexec import Reexec
 from cpr.engines.settings import Settings, hand_back, put_back, set_discard
 from cpr.engines.successor import MARK, run_mark
@@ -170,8 +171,9 @@ def _back(record: Record) -> Outcome:
                 status = resume_old(monitor, guest["runstate"])
             migration.restore(monitor, guest["capabilities"], guest["parameters"])
             set_discard(monitor, guest["discarding"], on=True)
-            with contextlib.suppress(CommandFailed):
-                monitor.execute("closefd", fdname="cpr-stream")
+            for name in ("cpr-stream", *record.facts.get("given", {}).get("names", ())):
+                with contextlib.suppress(CommandFailed):
+                    monitor.execute("closefd", fdname=name)
     except CprError as error:
         where = f"the old QEMU (pid {record.pid}) could not be told to go on"
         raise _TryAgain(record, where, record.pid, error.message) from None
@@ -191,6 +193,7 @@ def _in_place(record: Record) -> Outcome:
         where = f"the guest's process has ended {when}"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     if not back and not recover_in_place.executed(record):
+        as_before(process, fact.get("changed", ()), fact.get("placed", ()))
         return _back(record)
     try:
         with _monitor(record, pid) as monitor:

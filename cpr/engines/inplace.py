@@ -106,6 +106,8 @@ class PrepareExec(Step):
         )
         run.closing.callback(kept.tracer.close)
         run.closing.callback(kept.places.close)
+        names = [STATE, *(e.name for e in new.inherited if e.source is None)]
+        run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
         for entry in new.inherited:
             if entry.source is None:
@@ -208,7 +210,14 @@ class ExecNew(Step):
             mark = run_mark(self.run_id, self.guest.process.pid)
             vnc = _numbers_of(self.successor)
             run.journal.fact(
-                "exec", mark=mark, state=kept.given[STATE], clients=kept.clients, vnc=vnc, left=kept.left
+                "exec",
+                mark=mark,
+                state=kept.given[STATE],
+                clients=kept.clients,
+                vnc=vnc,
+                left=kept.left,
+                changed=kept.changed,
+                placed=_placed(self.successor),
             )
             self._exec(run, kept, calls)
         except OSError as error:
@@ -332,21 +341,25 @@ class ExecNew(Step):
             return
         kept.tracer.close()  # its threads run again
         if kept.changed:
-            self._as_before(run, kept)
+            assert run.old is not None
+            as_before(run.old, kept.changed, _placed(self.successor))
 
-    def _as_before(self, run: Run, kept: InPlace) -> None:
-        """FD_CLOEXEC as it was, and nothing at the numbers that were given."""
-        assert run.old is not None
-        pid = self.guest.process.pid
-        with contextlib.suppress(OSError, CprError):
-            there = clients.descriptor_targets(pid)
-            left = [e.target for e in self.successor.inherited if e.source is None and e.target in there]
-            if self.successor.control_number in there:
-                left.append(self.successor.control_number)
-            calls = [Call("fcntl", (n, F_SETFD, FD_CLOEXEC)) for n in kept.changed if n in there]
-            calls += [Call("close", (n,)) for n in left if n is not None]
-            with Tracer.start(run.old) as tracer:
+
+def as_before(process: Process, changed: Sequence[int], placed: Sequence[int]) -> None:
+    """FD_CLOEXEC as it was, nothing at the numbers that were given; as far as can be: the guest does not need it."""
+    with contextlib.suppress(OSError, CprError):
+        there = clients.descriptor_targets(process.pid)
+        calls = [Call("fcntl", (n, F_SETFD, FD_CLOEXEC)) for n in changed if n in there]
+        calls += [Call("close", (n,)) for n in placed if n in there]
+        if calls:
+            with Tracer.start(process) as tracer:
                 tracer.run(Attach(), Batch(tuple(calls)), Detach())
+
+
+def _placed(new: Successor) -> list[int]:
+    """Numbers in the old process at which its successor finds what it was given."""
+    numbers = [e.target for e in new.inherited if e.source is None and e.target is not None]
+    return numbers + ([new.control_number] if new.control_number is not None else [])
 
 
 def _once(new: Successor) -> list[int]:

@@ -48,8 +48,8 @@ def ask(key: str) -> Target:
     return features.ask(str(build(key).binary))
 
 
-def every_step() -> tuple[Step, ...]:
-    """The steps of the plan for a guest that has a bit of everything: a `Victim`'s."""
+def every_step(engine: str = "handover") -> tuple[Step, ...]:
+    """The steps of an engine's plan for a guest that has a bit of everything: a `Victim`'s."""
     words = "-object memory-backend-file,id=ram0,size=1G -netdev user,id=u0,hostfwd=tcp:127.0.0.1:2222-:22 -vnc unix:/v"
     guest = replace(
         values.guest(),
@@ -59,7 +59,7 @@ def every_step() -> tuple[Step, ...]:
         vnc=(VncServer(id="default", auth="none", listeners=(("unix", "/v", "", 9),), websocket=False, clients=0),),
     )
     target = replace(values.target(), options=knowledge_from("", []))
-    return tuple(ENGINES["handover"].steps(guest, target, Request(run_id="20261120T101500-3f2a")))
+    return tuple(ENGINES[engine].steps(guest, target, Request(run_id="20261120T101500-3f2a")))
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,19 @@ class Victim:
     base: Path
     pid: int
     """Of the QEMU it is in."""
+    engine: str = "handover"
 
     @classmethod
-    def start(cls, lab: Lab, old: str = "7.2", new: str = "11.1.a", *, everything: bool = True, **how: Any) -> Victim:
+    def start(
+        cls,
+        lab: Lab,
+        old: str = "7.2",
+        new: str = "11.1.a",
+        *,
+        everything: bool = True,
+        engine: str = "handover",
+        **how: Any,
+    ) -> Victim:
         """everything: with RAM that would be discarded, a VNC server, a forwarded port."""
         born = build(old)
         words = how.pop("words", ())
@@ -94,7 +104,7 @@ class Victim:
             how.setdefault("backend", f"memory-backend-file,share=on,discard-data=on,mem-path={lab.directory}/ram")
         how.setdefault("backend", backend(born, lab))
         guest = lab.counting(born, *words, pace=how.pop("pace", None), memory="64M", **how)
-        return cls(lab, guest, build(new), lab.directory / "run", guest.pid)
+        return cls(lab, guest, build(new), lab.directory / "run", guest.pid, engine)
 
     @property
     def target(self) -> Target:
@@ -107,7 +117,7 @@ class Victim:
 
     def plan(self, run_id: str) -> Plan:
         """As `cpr update` would make it, without a rehearsal."""
-        guest, engine = self.facts(), ENGINES["handover"]
+        guest, engine = self.facts(), ENGINES[self.engine]
         found = [f for f in engine.findings(guest, survey.survey_host(), self.target) if f.severity is Severity.BLOCKER]
         assert not found
         steps = tuple(engine.steps(guest, self.target, Request(run_id=run_id)))
@@ -251,12 +261,20 @@ class Victim:
 
     def in_the_new(self, before: Before) -> None:
         """It runs in a new QEMU, alone, with the settings that it had."""
+        assert (self.pid == before.facts.process.pid) is (self.engine == "reexec")
+        self._with_its_settings(before, self.target.binary.identity)
+
+    def in_the_old_again(self, before: Before) -> None:
+        """It was brought back: in the old QEMU, in another process, alone, with the settings that it had."""
         assert self.pid != before.facts.process.pid
+        self._with_its_settings(before, before.facts.binary.identity)
+
+    def _with_its_settings(self, before: Before, identity: tuple[int, int]) -> None:
         self.counts()
         self.alone()
         self.closed()
         facts = self.facts()
-        assert facts.binary.identity == self.target.binary.identity
+        assert facts.binary.identity == identity
         for name in ("runstate", "machine"):
             assert getattr(facts, name) == getattr(before.facts, name), name
         assert [c.files for c in facts.chains] == [c.files for c in before.facts.chains]
@@ -264,13 +282,16 @@ class Victim:
         assert {k: facts.parameters[k] for k in STREAM} == {k: before.facts.parameters[k] for k in STREAM}
         assert [b.discard_data for b in facts.ram] == [b.discard_data for b in before.facts.ram]
         assert forwards(facts) == forwards(before.facts)
+        assert [[*listener[:3]] for v in facts.vnc for listener in v.listeners] == [
+            [*listener[:3]] for v in before.facts.vnc for listener in v.listeners
+        ]
 
     def can_be_updated(self) -> None:
         """An ordinary update follows, and all of the RAM is right."""
         old = self.pid
         outcome = self.play()
         assert (outcome.status, outcome.exit_code, outcome.error) == ("updated", 0, ""), outcome
-        assert self.pid != old
+        assert (self.pid == old) is (self.engine == "reexec")
         walk(self.guest)
         self.alone()
 
