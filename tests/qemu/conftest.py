@@ -62,10 +62,11 @@ class Result:
 
 
 class Command:
-    """Calls cpr with a run directory of its own."""
+    """Calls cpr with a run directory of its own. `engine`: what its updates ask for, if anything."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, engine: str = "") -> None:
         self.lab = lab
+        self.engine = engine
         self.run_directory = lab.directory / "run"
         self.environment = {**os.environ, **lab.environment, "CPR_RUN_DIR": str(self.run_directory)}
 
@@ -91,7 +92,8 @@ class Command:
 
     def update(self, guest: object, target: QemuBuild, *words: object, **environment: str) -> Result:
         """`cpr update --restart GUEST --qemu TARGET -y --json`; the new process ends with the lab."""
-        call = ("update", "--restart", guest, "--qemu", target.binary, "-y", "--json", *words)
+        engine = ("--engine", self.engine) if self.engine else ()
+        call = ("update", "--restart", guest, "--qemu", target.binary, "-y", "--json", *engine, *words)
         result = self(*call, timeout=120, **environment)
         if result.out.startswith("{"):
             for entry in result.json.get("guests", []):
@@ -109,9 +111,15 @@ def lab() -> Iterator[Lab]:
         yield it
 
 
+BOTH_ENGINES = pytest.mark.parametrize(
+    "cpr", ["handover", pytest.param("reexec", marks=pytest.mark.full)], indirect=True
+)
+"""For a module or a test whose promises hold for both."""
+
+
 @pytest.fixture
-def cpr(lab: Lab) -> Command:
-    return Command(lab)
+def cpr(lab: Lab, request: pytest.FixtureRequest) -> Command:
+    return Command(lab, getattr(request, "param", ""))
 
 
 @pytest.fixture

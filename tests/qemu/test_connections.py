@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.qemu.conftest import qemus_of
+from tests.qemu.conftest import BOTH_ENGINES, qemus_of
 from tests.qemu.parties import (
     Knocker,
     Poller,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Builds = Callable[[str], QemuBuild]
 
 full = pytest.mark.full
+pytestmark = BOTH_ENGINES
 
 
 def address_of(lab: Lab, kind: str, name: str = "con") -> Address:
@@ -291,31 +292,6 @@ def test_polling_tools_over_ten_updates(lab: Lab, cpr: Command, builds: Builds, 
     with counted(lab, builds("7.2"), "-chardev", server("q2", second), "-mon", "q2,mode=control") as guest:
         pollers = [Poller(guest.qmp), Poller(guest.qmp, 0.03, impatient=True), Poller(second)]
         polled(lab, cpr, builds, ["11.1.a", "11.1.b"] * 5, pollers, guest)
-
-
-@full
-def test_a_polling_tool_on_the_only_qmp_socket_which_is_tcp(lab: Lab, cpr: Command, builds: Builds) -> None:
-    only = ("127.0.0.1", free_port())
-    words = ("-qmp", f"tcp:127.0.0.1:{only[1]},server=on,wait=off")
-    with counted(lab, builds("7.2"), *words, qmp=False) as guest:
-        polled(lab, cpr, builds, ["11.1.a", "11.1.b"] * 2, [Poller(only)], guest)
-
-
-def test_a_guest_whose_only_qmp_socket_is_tcp(lab: Lab, cpr: Command, builds: Builds) -> None:
-    only = ("127.0.0.1", free_port())
-    words = ("-qmp", f"tcp:127.0.0.1:{only[1]},server=on,wait=off")
-    with counted(lab, builds("7.2"), *words, qmp=False) as guest:
-        lines = []
-        for key in ("11.1.a", "11.1.b"):
-            result = cpr.update(guest.name, builds(key))
-            assert result.code == 0, str(result)
-            with open(f"/proc/{result.guest['pid_after']}/cmdline", "rb") as file:
-                lines.append(file.read().count(b"cpr-control"))
-            with Qmp(only) as monitor:
-                assert monitor.execute("query-status")["status"] == "running"
-                assert monitor.version == builds(key).version
-        assert lines[0] == lines[1]
-        guest.check(rounds=0)
 
 
 def test_a_held_monitor_is_named(lab: Lab, cpr: Command, builds: Builds) -> None:

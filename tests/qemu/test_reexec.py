@@ -1,0 +1,107 @@
+"""An update in place: the process is the same to everybody who knows it, and everybody who is connected stays so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.qemu.conftest import Command, qemus_of
+from tests.qemu.parties import Qmp, Wire, counted
+from tests.qemu.test_connections import rfb, server, typing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Lab
+
+    Builds = Callable[[str], QemuBuild]
+
+FIELDS = "Name|PPid|Uid|Gid|Groups|NSpid|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Umask|SigIgn"
+
+
+@pytest.fixture
+def cpr(lab: Lab) -> Command:
+    return Command(lab, "reexec")
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What whoever knows the process knows it by."""
+    proc = Path(f"/proc/{pid}")
+    stat = (proc / "stat").read_text().rpartition(")")[2].split()
+    names = FIELDS.split("|")
+    return {
+        "start time": stat[19],
+        "parent, group, session": stat[1:4],
+        "status": [row for row in (proc / "status").read_text().splitlines() if row.startswith(tuple(names))],
+        "namespaces": {name: os.readlink(proc / "ns" / name) for name in os.listdir(proc / "ns")},
+        "cgroup": (proc / "cgroup").read_text(),
+        "limits": [row for row in (proc / "limits").read_text().splitlines() if "open files" not in row],
+        "directories": [os.readlink(proc / name) for name in ("cwd", "root")],
+        "oom": (proc / "oom_score_adj").read_text(),
+        "standard": [os.readlink(proc / "fd" / str(number)) for number in (0, 1, 2)],
+    }
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["7.2 11.1.a 7.2", pytest.param("10.0 11.1.b 11.1.a", marks=pytest.mark.full)],
+)
+def test_the_process_is_the_same_and_everybody_stays_connected(
+    lab: Lab, cpr: Command, builds: Builds, route: str
+) -> None:
+    """At once: a console client in mid-stream, a log file, a VNC listener, a chardev where nobody is, a pid file."""
+    first, *rest = route.split()
+    pidfile, idle, vnc = (lab.directory / name for name in ("pidfile", "idle", "vnc"))
+    extra = (
+        *("-chardev", server("idle", idle), "-serial", "chardev:idle"),
+        *("-vnc", f"unix:{vnc}", "-vga", "std", "-pidfile", str(pidfile)),
+    )
+    with counted(lab, builds(first), *extra) as guest:
+        pid = guest.process.pid
+        before = identity(pid)
+        for key in rest:
+            with typing(guest):
+                result = cpr.update(guest.name, builds(key))
+                assert (result.code, result.guest["pid_after"]) == (0, pid), str(result)
+                assert result.guest["engine"] == "reexec"
+            assert identity(pid) == before
+            assert os.path.realpath(f"/proc/{pid}/exe") == os.path.realpath(builds(key).binary)
+            assert pidfile.read_text().strip() == str(pid)
+            assert rfb(vnc).startswith(b"RFB ")
+            with Wire(idle) as wire:
+                assert not wire.ended
+            with Qmp(guest.qmp) as monitor:
+                assert monitor.version == builds(key).version
+            assert qemus_of(lab) == [pid]
+        guest.check()
+
+
+def test_a_paused_guest_stays_paused(lab: Lab, cpr: Command, builds: Builds) -> None:
+    with counted(lab, builds("7.2")) as guest:
+        with Qmp(guest.qmp) as monitor:
+            monitor.execute("stop")
+        result = cpr.update(guest.name, builds("11.1.a"))
+        assert (result.code, result.guest["runstate"]) == (0, "paused"), str(result)
+        with Qmp(guest.qmp) as monitor:
+            assert monitor.execute("query-status")["status"] == "paused"
+            monitor.execute("cont")
+        guest.log.wait_ticks(20)
+        guest.check()
+
+
+def test_a_program_that_cannot_be_executed(lab: Lab, cpr: Command, builds: Builds, tmp_path: Path) -> None:
+    """It answers when it is asked, and is gone when it is needed: the guest runs in the old one, in its own process."""
+    fake = tmp_path / "qemu-system-x86_64"
+    real = builds("11.1.a").binary
+    fake.write_text(f"#!/bin/sh\nfor word; do [ \"$word\" = defer ] && exit 1; done\nexec {real} \"$@\"\n")
+    fake.chmod(0o755)
+    with counted(lab, builds("7.2")) as guest:
+        result = cpr("update", "--restart", guest.name, "--qemu", fake, "-y", "--json", "--engine", "reexec")
+        assert result.code != 0
+        guest.log.wait_ticks(20)
+        guest.check()
+        assert qemus_of(lab) == [guest.process.pid]
