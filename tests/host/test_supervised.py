@@ -1,4 +1,4 @@
-"""A guest as a systemd unit: handover would end the unit, so it is refused and the guest is left alone."""
+"""A guest as a systemd unit: handover would end the unit and is refused; re-exec keeps it as it is."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ pytestmark = pytest.mark.hostfull
 
 
 @pytest.mark.timeout(900)
-def test_unit_is_refused_and_untouched(systemd_host: Host) -> None:
+def test_handover_of_a_unit_is_refused_and_the_guest_untouched(systemd_host: Host) -> None:
     host = systemd_host
     guest = guests.start(host, "7.2", name="unit1", unit=True)
     try:
         before = guest.properties()
-        said = host.cpr("update", "--restart", "unit1", "--qemu", qemu.obtain("11.1.a").binary, "-y", "--json")
+        words = ("update", "--restart", "unit1", "--engine", "handover", "-y", "--json")
+        said = host.cpr(*words, "--qemu", qemu.obtain("11.1.a").binary)
         assert said.code == 3, said
         (answer,) = said.json["guests"]
         assert "supervised" in [finding["check"] for finding in answer["findings"]], said
@@ -32,6 +33,29 @@ def test_unit_is_refused_and_untouched(systemd_host: Host) -> None:
         assert log.sound, log.problems()
     finally:
         host.run("systemctl stop unit1.service")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("route", [("7.2", "11.1.a"), ("11.1.a", "11.1.b", "11.1.a")], ids="-".join)
+def test_unit_goes_over_in_place(systemd_host: Host, route: tuple[str, ...]) -> None:
+    """The engine is chosen by itself; to systemd nothing has happened."""
+    host = systemd_host
+    guest = guests.start(host, route[0], name="unit2", unit=True)
+    state = "systemctl show -p MainPID,ActiveState,SubState,NRestarts,ExecMainStartTimestamp unit2.service"
+    try:
+        before, known = guest.properties(), host.sh(state)
+        for key in route[1:]:
+            said = host.cpr("update", "--restart", "unit2", "--qemu", qemu.obtain(key).binary, "-y", "--json")
+            assert said.code == 0, said
+            (answer,) = said.json["guests"]
+            assert (answer["engine"], answer["pid_after"]) == ("reexec", guest.pid)
+            assert guest.properties() == before
+            assert host.sh(state) == known
+            assert host.sh(f"readlink /proc/{guest.pid}/exe").strip() == str(qemu.obtain(key).binary)
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+    finally:
+        host.run("systemctl stop unit2.service")
 
 
 @pytest.mark.timeout(900)

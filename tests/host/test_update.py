@@ -69,6 +69,20 @@ def test_ten_times(host: Host, hosts: Hosts, old: str, new: str, back: bool, gue
 
 
 @pytest.mark.hostfull
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("old", "new"), [("11.1.a", "11.1.b"), ("7.2", "11.1.a")], ids=str)
+def test_twenty_times_in_place(host: Host, hosts: Hosts, old: str, new: str) -> None:
+    """Two vCPUs, whose threads are in KVM_RUN when they are stopped."""
+    words = ["--guest", "linux", "--cpus", 2, "--rounds", 20, "--back", "--engine", "reexec"]
+    document = host.inside("moves", old, new, *words, seconds=2300)
+    hosts.lines.append(line("nested KVM, linux guest, 2 vCPUs, 256M, re-exec", document))
+    assert len(document["rounds"]) == 20
+    for round_ in document["rounds"]:
+        judge(round_)
+        assert round_["same process"], json.dumps(round_)
+
+
+@pytest.mark.hostfull
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("memory", ["256M", "1G"])
 @pytest.mark.parametrize(("old", "new", "back"), PAIRS, ids=str)

@@ -44,16 +44,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--accel", default="kvm")
     parser.add_argument("--back", action="store_true")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--cpus", type=int, default=1, help="of the Linux guest")
     options = parser.parse_args()
     builds = qemu.obtain(options.old), qemu.obtain(options.new)
     document: dict[str, Any] = {"versions": [build.version for build in builds], "starts": [], "rounds": []}
     while len(document["rounds"]) < options.rounds:
-        with started(builds[0], options.guest, options.memory, options.accel) as subject:
+        with started(builds[0], options.guest, options.memory, options.accel, options.cpus) as subject:
             document["starts"].append(subject.seconds)
             note(f"counts after {subject.seconds:.1f} s")
             route = [builds[1], builds[0]] * options.rounds if options.back else [builds[1]]
             for target in route[: options.rounds - len(document["rounds"])]:
-                document["rounds"].append(subject.move(target))
+                document["rounds"].append(subject.move(target, options.engine))
     json.dump(document, sys.stdout)
     return 0
 
@@ -68,7 +70,7 @@ class Subject:
         self.stream = stream
         self.pid = guest.pid
 
-    def move(self, target: QemuBuild) -> dict[str, Any]:
+    def move(self, target: QemuBuild, engine: str) -> dict[str, Any]:
         """Update it, wait until it has shown that it is well, and say what was seen."""
         log = self.guest.log
         log.wait_ticks(20, 30)
@@ -79,6 +81,7 @@ class Subject:
         note("update")
         began = time.monotonic()
         words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
+        words += ["--engine", engine]
         command = [sys.executable, "-m", "cpr", *words]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         seconds = time.monotonic() - began
@@ -93,6 +96,7 @@ class Subject:
         note("watched")
         return {
             "status": answer["status"],
+            "same process": answer["pid_before"] == answer["pid_after"],
             "code": done.returncode,
             "blackout": answer.get("blackout_seconds"),
             "seconds": seconds,
@@ -144,7 +148,7 @@ def drift(before: tuple[float, float] | None, after: tuple[float, float] | None)
 
 
 @contextlib.contextmanager
-def started(build: QemuBuild, kind: str, memory: str, accel: str) -> Iterator[Subject]:
+def started(build: QemuBuild, kind: str, memory: str, accel: str, cpus: int) -> Iterator[Subject]:
     """A guest that counts, with its RAM in a file of tmpfs, which every QEMU leaves out of the stream."""
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab())
@@ -162,7 +166,7 @@ def started(build: QemuBuild, kind: str, memory: str, accel: str) -> Iterator[Su
             file.truncate(64 << 20)
         guest = lab.linux(
             build,
-            *("-drive", f"file={image},format=raw,if=virtio", *network.arguments()),
+            *("-smp", str(cpus), "-drive", f"file={image},format=raw,if=virtio", *network.arguments()),
             memory=memory,
             accel=accel,
             backend=ram,
