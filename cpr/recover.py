@@ -198,6 +198,7 @@ def _in_place(record: Record) -> Outcome:
     try:
         with _monitor(record, pid) as monitor:
             runstate, lost = recover_in_place.arrive(record, process, monitor, fact)
+            lost += recover_in_place.put_in_order(record, process, monitor, fact)
             outcome = _arrived(record, monitor, runstate, lost, pid)
     except (CprError, OSError) as error:
         which = "the old QEMU, started again" if back else "the new QEMU"

@@ -11,18 +11,21 @@ The process has everything under the numbers that the journal names, so nothing 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
 from cpr.engines.successor import MARK
+from cpr.engines.switch import PassVncListeners
 from cpr.errors import CommandFailed, CprError
 from cpr.linux import proc
-from cpr.linux.fds import take_fd
+from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.model import Runstate
 from cpr.qemu import migration
+from cpr.qemu.clients import socket_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,24 +59,40 @@ def arrive(
     status = str(monitor.execute("query-status")["status"])
     if status == Runstate.INMIGRATE:
         migration.prepare(monitor, migration.ONE_WAY)
-        _load(process, monitor, int(fact["state"]))
+        _load(process, monitor, fact["state"])
         status = str(monitor.execute("query-status")["status"])
-    told = record.steps.get(record.commit_index) == "done"
-    if status == Runstate.RUNNING or told:
+    if status == Runstate.RUNNING or record.steps.get(record.commit_index) == "done":
         return status, lost
     lost += _reconnect(process, monitor, fact.get("clients", {}))
-    lost += _listen(process, monitor, fact.get("vnc", []))
     if record.header["guest"]["runstate"] == Runstate.RUNNING:
         monitor.execute("cont")
         status = str(monitor.execute("query-status")["status"])
-    return status, lost + _close(process, fact.get("left", []))
+    return status, lost
 
 
-def _load(process: Process, monitor: Monitor, number: int) -> None:
-    """Let QEMU load the state that lies in its own descriptor `number`."""
+def put_in_order(record: Record, process: Process, monitor: Monitor, fact: Mapping[str, Any]) -> list[str]:
+    """When the guest runs: VNC listens, and nothing is left over. What could not be done, in words."""
+    names = [step["id"] for step in record.header["steps"]]
+    done = {names[index] for index, state in record.steps.items() if state == "done"}
+    lost = [] if PassVncListeners.__name__ in done else _listen(process, monitor, fact.get("vnc", []))
+    return lost + _close(process, fact.get("left", []))
+
+
+def _take(process: Process, numbered: Sequence[int]) -> Fd:
+    """A duplicate of a descriptor, by its number and inode. Raises OSError where another one has the number now."""
+    number, inode = map(int, numbered)
+    taken = take_fd(process.pidfd, number)
+    if os.fstat(taken.number).st_ino != inode:
+        taken.close()
+        raise OSError(errno.ESTALE, f"descriptor {number} is another one now")
+    return taken
+
+
+def _load(process: Process, monitor: Monitor, numbered: Sequence[int]) -> None:
+    """Let QEMU load the state that lies in its own descriptor."""
     seen = monitor.event_count
     here, there = socket.socketpair()
-    with take_fd(process.pidfd, number) as state, here:
+    with _take(process, numbered) as state, here:
         with there:
             monitor.send_fd(FEED, there.fileno())
         monitor.execute("migrate-incoming", uri=f"fd:{FEED}")
@@ -93,12 +112,15 @@ def _load(process: Process, monitor: Monitor, number: int) -> None:
         raise CprError(f"the new QEMU does not take the state: {migration.failure(monitor)}")
 
 
-def _reconnect(process: Process, monitor: Monitor, numbers: dict[str, Any]) -> list[str]:
-    """Give the clients that were connected their places, where nobody has taken them."""
+def _reconnect(process: Process, monitor: Monitor, known: Mapping[str, Sequence[int]]) -> list[str]:
+    """Give the clients that were connected their places, where they are not there already."""
     lost = []
-    for label, number in numbers.items():
+    for label, numbered in known.items():
+        number, inode = map(int, numbered)
+        if socket_numbers(process.pid, besides=number).get(inode) is not None:
+            continue  # the keeper has lived long enough
         try:
-            with take_fd(process.pidfd, int(number)) as client:
+            with _take(process, numbered) as client:
                 monitor.send_fd("cpr-client", client.number)
             monitor.execute("add_client", protocol=label, fdname="cpr-client")
         except (CommandFailed, OSError) as error:
@@ -106,28 +128,35 @@ def _reconnect(process: Process, monitor: Monitor, numbers: dict[str, Any]) -> l
     return lost
 
 
-def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[int]]) -> list[str]:
+def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[Sequence[int]]]) -> list[str]:
     """Give QEMU the VNC listeners that its process has."""
     lost = []
-    for numbers in displays:
+    for listeners in displays:
         addresses = []
         try:
-            for number in numbers:
-                with take_fd(process.pidfd, number) as listener:
-                    monitor.send_fd(f"cpr-vnc-{number}", listener.number)
-                addresses.append({"type": "fd", "str": f"cpr-vnc-{number}"})
+            for numbered in listeners:
+                name = f"cpr-vnc-{numbered[0]}"
+                with _take(process, numbered) as listener:
+                    monitor.send_fd(name, listener.number)
+                addresses.append({"type": "fd", "str": name})
             monitor.execute("display-update", type="vnc", addresses=addresses)
         except (CommandFailed, OSError) as error:
             lost.append(f"a VNC display does not listen any more: {error}")
     return lost
 
 
-def _close(process: Process, numbers: Sequence[int]) -> list[str]:
+def _close(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
     """Close in the process what it needed once."""
-    calls = tuple(Call("close", (number,)) for number in numbers)
+    numbers = []
+    for numbered in known:
+        with contextlib.suppress(OSError):
+            _take(process, numbered).close()
+            numbers.append(int(numbered[0]))
+    if not numbers:
+        return []
     try:
         with Tracer.start(process) as tracer:
-            tracer.run(Attach(), Batch(calls), Detach())
+            tracer.run(Attach(), Batch(tuple(Call("close", (number,)) for number in numbers)), Detach())
     except (CprError, OSError) as error:
-        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"] if calls else []
+        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"]
     return []

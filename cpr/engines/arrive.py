@@ -6,19 +6,19 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
 from cpr.engines.inplace import O_CLOEXEC, in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import waiting_chardevs
 from cpr.errors import StepFailed
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach
-from cpr.model import Guest, Runstate, Step
-from cpr.qemu import clients, migration
+from cpr.model import Guest, Step
+from cpr.qemu import clients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cpr.engines import stream
     from cpr.engines.inplace import InPlace
     from cpr.run import Run
 
@@ -34,11 +34,9 @@ class LoadState(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
-        if run.successor.execute("query-status")["status"] != Runstate.INMIGRATE:
-            raise StepFailed(self.describe(), "another QEMU answered on the monitor")
+        feed: stream.Feed = run.extra["feed"]
+        feed.finish(run, run.successor, self.describe())
         same_ram(self.guest, kept.ram, self.guest.process.pid, self.describe())
-        migration.prepare(run.successor, migration.ONE_WAY)
-        stream.feed(run, run.successor, kept.state.number, self.describe())
         if any(event.name == "RESUME" for event in run.successor.events()):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 
@@ -59,12 +57,12 @@ class KeepClients(Step):
         kept = in_place(run)
         if not kept.clients:
             return
-        calls = [*self._places(run, kept), *_left(kept)]
+        calls = tuple(self._places(run, kept))
         try:
-            kept.tracer.run(Attach(), Batch(tuple(calls)), Detach())
+            kept.tracer.run(Attach(), Batch(calls), Detach())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
-        kept.left = ()
+        run.successor.execute("query-status")  # it goes on, or there is still a way back
         for label in kept.clients:
             kept.standing_in.pop(label).close()
 
@@ -78,10 +76,6 @@ class KeepClients(Step):
             number = kept.clients[chardev.label]
             yield Call("dup3", (number, chardev.client, O_CLOEXEC))
             yield Call("close", (number,))
-
-
-def _left(kept: InPlace) -> list[Call]:
-    return [Call("close", (number,)) for number in kept.left]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +92,10 @@ class LetClientsIn(Step):
         for sock in kept.standing_in.values():
             sock.close()
         kept.standing_in.clear()
-        calls = _left(kept)
-        if not calls:
-            return
+        calls = tuple(Call("close", (number,)) for number in kept.left)
         kept.left = ()
         try:
-            kept.tracer.run(Attach(), Batch(tuple(calls)), Detach())
+            kept.tracer.run(Attach(), Batch(calls), Detach())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         finally:

@@ -24,12 +24,12 @@ from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import fds, likeness, proc
 from cpr.linux.process import Process
 from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Exec, Tracer
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Look, Tracer
 from cpr.model import Guest, Step, Target
 from cpr.qemu import clients, migration, qmp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.run import Run
@@ -62,7 +62,7 @@ class InPlace:
     standing_in: dict[str, socket.socket] = field(default_factory=dict)
     """Our end of the clients that the new QEMU starts with, by chardev."""
     left: tuple[int, ...] = ()
-    """Numbers in the new QEMU that it does not need once it has started and loaded the state."""
+    """Numbers in the new QEMU that it needs once, and not any more when clients are let in."""
     changed: tuple[int, ...] = ()
     """Numbers without FD_CLOEXEC that had it."""
     executed: bool = False
@@ -207,18 +207,7 @@ class ExecNew(Step):
             self._stop_between_clients(run, kept)
             self._stand_in(run, kept)
             calls = list(self._calls(run, kept))
-            mark = run_mark(self.run_id, self.guest.process.pid)
-            vnc = _numbers_of(self.successor)
-            run.journal.fact(
-                "exec",
-                mark=mark,
-                state=kept.given[STATE],
-                clients=kept.clients,
-                vnc=vnc,
-                left=kept.left,
-                changed=kept.changed,
-                placed=_placed(self.successor),
-            )
+            self._record(run, kept)
             self._exec(run, kept, calls)
         except OSError as error:
             words = f"{error.strerror or error}"
@@ -228,7 +217,10 @@ class ExecNew(Step):
         old.close()
         control = run.extra.pop("control")
         control.setblocking(True)
-        run.new_monitor = greet(run, self.describe(), control)
+        feed = run.extra["feed"] = stream.Feed(kept.state.number)
+        run.closing.callback(feed.close)
+        run.new_monitor = greet(run, self.describe(), control, feed.commands)
+        kept.tracer.post(Look())
 
     def _stop_between_clients(self, run: Run, kept: InPlace) -> None:
         """Stop all threads in a moment in which nobody waits to be accepted."""
@@ -282,31 +274,52 @@ class ExecNew(Step):
 
     def _calls(self, run: Run, kept: InPlace) -> Iterator[Call]:
         """Let survive what is to survive. Raises StepFailed where a number is not what it was."""
-        table = {row.number: row for row in fds.descriptor_table(self.guest.process.pid)}
+        pid = self.guest.process.pid
+        there = clients.descriptor_targets(pid)
         survive = [*kept.clients.values(), kept.given[STATE]]
         moved: list[tuple[int, int]] = []
         for entry in self.successor.inherited:
             if entry.source is not None:
-                self._same(run, entry, table)
+                self._same(run, entry)
                 survive.append(entry.source)
             elif entry.target is not None:
                 moved.append((kept.given[entry.name], entry.target))
         if self.successor.control_number is not None:
             moved.append((kept.given[self.successor.control], self.successor.control_number))
-        if occupied := {target for _, target in moved} & table.keys():
+        if occupied := {target for _, target in moved} & there.keys():
             raise StepFailed(self.describe(), f"descriptors {sorted(occupied)} are taken meanwhile", hint="try again")
         kept.left = (kept.given[STATE], *_once(self.successor))
-        kept.changed = tuple(n for n in dict.fromkeys(survive) if table[n].close_on_exec)
+        kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
         for number in kept.changed:
             yield Call("fcntl", (number, F_SETFD, 0))
         for source, target in moved:
             yield Call("dup3", (source, target, 0))
 
-    def _same(self, run: Run, entry: Inherited, table: dict[int, fds.OpenDescriptor]) -> None:
-        assert entry.source is not None
-        row, ours = table.get(entry.source), os.fstat(run.descriptors[entry.name].number)
-        if row is None or (row.device, row.inode) != (ours.st_dev, ours.st_ino):
-            raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+    def _same(self, run: Run, entry: Inherited) -> None:
+        ours = os.fstat(run.descriptors[entry.name].number)
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{self.guest.process.pid}/fd/{entry.source}")
+            if (status.st_dev, status.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+
+    def _record(self, run: Run, kept: InPlace) -> None:
+        """What a recovery finds in the process where: a number counts only with the inode that it has now."""
+        pid = self.guest.process.pid
+
+        def numbered(numbers: Iterable[int]) -> list[tuple[int, int]]:
+            return [(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for n in numbers]
+
+        run.journal.fact(
+            "exec",
+            mark=run_mark(self.run_id, pid),
+            state=numbered([kept.given[STATE]])[0],
+            clients=dict(zip(kept.clients, numbered(kept.clients.values()), strict=True)),
+            vnc=[numbered(numbers) for numbers in _numbers_of(self.successor)],
+            left=numbered(kept.left),
+            changed=kept.changed,
+            placed=_placed(self.successor),
+        )
 
     def _exec(self, run: Run, kept: InPlace, calls: Sequence[Call]) -> None:
         """Point of no return: from the reply on the process is the new program."""

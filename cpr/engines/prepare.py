@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from cpr.engines.successor import Inherited, Successor
     from cpr.run import Run
 
+WAY_BACK_SECONDS = 60.0
+"""For a QEMU that is started on the way back: there is no other way left, so it is not hurried."""
+
 LISTENERS = ("listener:", "vnc:")
 """How the names of inherited listening sockets begin."""
 
@@ -273,11 +276,11 @@ def greet(
     waiting.register(control, select.POLLIN)
     waiting.register(run.new.pidfd.number, select.POLLIN)
     while not (ready := {fd for fd, _ in waiting.poll(50)}):
-        run.check(step)
+        run.attend()
     if control.fileno() not in ready:
         run.new.wait_dead(1.0)
         raise NewQemuDied(step, "ended at its start", run.words())
-    seconds = max(1.0, run.remaining())
+    seconds = WAY_BACK_SECONDS if run.undoing else max(1.0, run.remaining())
     return qmp.negotiate(control, "of the new QEMU", timeout=seconds, attend=run.attend, first=first)
 
 

@@ -10,23 +10,25 @@ import contextlib
 import os
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
 from cpr.linux import proc
 from cpr.model import Runstate
 from cpr.qemu import clients, migration
+from cpr.qemu.first_words import Command
 from cpr.run import resume_old
 
 if TYPE_CHECKING:
     from cpr.model import Guest
-    from cpr.qemu.qmp import Event, Monitor
+    from cpr.qemu.qmp import Monitor
     from cpr.run import Run
 
 NAME = "cpr-stream"
 ACCEPT_SECONDS = 5.0
 SLICE = 0.05
 """Seconds between two looks at interrupts and deadlines."""
+ENDED = ("completed", "failed", "cancelled")
 CHUNK = 1 << 18
 """Bytes at a time: about what a socket holds."""
 
@@ -115,38 +117,70 @@ def _failed(run: Run) -> bool:
     return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
 
 
-def feed(run: Run, monitor: Monitor, state: int, step: str) -> None:
-    """Have a QEMU load the state in the memory file `state`, and wait until it has.
+class Feed:
+    """A state in a memory file on its way into a QEMU that has just been started.
 
-    Raises:
-        NewQemuDied: it does not take it.
+    `commands` go with the negotiation, so that they are the first that it does; then `finish`.
     """
-    seen = monitor.event_count
-    here, there = socket.socketpair()
-    with here:
-        with there:
-            monitor.send_fd(NAME, there.fileno())
-        monitor.execute("migrate-incoming", uri=f"fd:{NAME}")
-        size, offset = os.fstat(state).st_size, 0
-        here.settimeout(SLICE)
+
+    def __init__(self, state: int) -> None:
+        self._state = state
+        self._here, self._there = socket.socketpair()
+        capabilities = [{"capability": name, "state": True} for name in migration.ONE_WAY]
+        self.commands = (
+            Command(name="migrate-set-capabilities", arguments={"capabilities": capabilities}),
+            Command(name="getfd", arguments={"fdname": NAME}, descriptor=self._there.fileno()),
+            Command(name="migrate-incoming", arguments={"uri": f"fd:{NAME}"}),
+        )
+
+    def finish(self, run: Run, monitor: Monitor, step: str) -> None:
+        """Send it, and wait until that QEMU has all of it.
+
+        Raises:
+            NewQemuDied: it does not take it. StepFailed: it is another QEMU.
+        """
+        errors = [reply["error"] for reply in monitor.first_replies if "error" in reply]
+        if errors:
+            raise StepFailed(step, f"the new QEMU refuses: {errors[0].get('desc', errors[0])}")
+        with self:
+            self._send(run)
+            status = ""
+            try:
+                while (status := monitor.execute("query-migrate").get("status", "")) not in ENDED:
+                    run.attend()
+                    seen = monitor.event_count
+                    with contextlib.suppress(TimeoutError):
+                        monitor.wait_event({"MIGRATION"}, timeout=SLICE, after=seen)
+            except MonitorError:
+                if run.new is not None:
+                    run.new.wait_dead(1.0)
+                status = "died"
+        if status != "completed":
+            words = run.words() or (migration.failure(monitor) if status != "died" else "")
+            raise NewQemuDied(step, "did not take the state", words)
+
+    def _send(self, run: Run) -> None:
+        size, offset = os.fstat(self._state).st_size, 0
+        self._there.close()
+        self._here.settimeout(SLICE)
         with contextlib.suppress(ConnectionError):  # it has closed its end: its words follow
             while offset < size:
                 try:
-                    offset += here.send(os.pread(state, CHUNK, offset))
+                    offset += self._here.send(os.pread(self._state, CHUNK, offset))
                 except TimeoutError:
                     run.attend()
-            here.shutdown(socket.SHUT_WR)
+            self._here.shutdown(socket.SHUT_WR)
 
-        def ended(event: Event) -> bool:
-            return event.data.get("status") in ("completed", "failed", "cancelled")
+    def close(self) -> None:
+        """Safe to repeat."""
+        self._here.close()
+        self._there.close()
 
-        try:
-            event = run.wait_event(monitor, {"MIGRATION"}, step, ended, after=seen)
-        except MonitorError:
-            event = None
-    if event is None or event.data["status"] != "completed":
-        words = run.words()
-        raise NewQemuDied(step, "did not take the state", words or migration.failure(monitor))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def go_on_after_save(run: Run, guest: Guest) -> None:

@@ -8,6 +8,7 @@ Only its pid is another one.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,16 @@ from cpr.engines.switch import CLIENT, PassVncListeners
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
-from cpr.qemu import migration
 
 if TYPE_CHECKING:
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Successor
     from cpr.model import Guest
+    from cpr.qemu import qmp
     from cpr.run import Run
 
 STEP = "start the old QEMU again"
+ATTEMPTS = 3
 STATE_NUMBER, PROGRAM_NUMBER = 8, 9
 """Below all that a successor is given: the state, for `cpr recover`, and the old program where another file stands at
 its path now."""
@@ -44,20 +46,14 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     if not run.old.wait_dead(15.0):
         raise StepFailed(STEP, f"pid {run.old.pid} does not die", hint="cpr recover tries again")
     run.new = None
-    process, control = _launch(run, guest, back, kept)
-    try:
-        run.new = process
-        run.journal.fact("back", pid=process.pid, start_time=process.start_time, state=STATE_NUMBER)
-        if run.new_monitor is not None:
-            run.new_monitor.close()
-        monitor = run.new_monitor = greet(run, STEP, control)
-        same_ram(guest, kept.ram, process.pid, STEP)
-        migration.prepare(monitor, migration.ONE_WAY)
-        stream.feed(run, monitor, kept.state.number, STEP)
-    except BaseException:
-        run.kill_new()
-        run.new = None
-        raise
+    for attempt in range(ATTEMPTS):
+        try:
+            process, monitor = _start(run, guest, back, kept)
+            break
+        except CprError as error:
+            if attempt == ATTEMPTS - 1:
+                raise
+            run.notes.append(f"on the way back, tried again: {error.message}")
     _reconnect(run, guest)
     seen = monitor.event_count
     if guest.running:
@@ -67,6 +63,26 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.old, run.new = process, None
     run.old_monitor, run.new_monitor = monitor, None
     _put_back(run, guest, back, kept)
+
+
+def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
+    """A process with the old program that has the state and has run nothing; nothing is left of it where it fails."""
+    process, control = _launch(run, guest, back, kept)
+    try:
+        run.new = process
+        state = (STATE_NUMBER, os.fstat(kept.state.number).st_ino)
+        run.journal.fact("back", pid=process.pid, start_time=process.start_time, state=state)
+        if run.new_monitor is not None:
+            run.new_monitor.close()
+        with stream.Feed(kept.state.number) as feed:
+            monitor = run.new_monitor = greet(run, STEP, control, feed.commands)
+            same_ram(guest, kept.ram, process.pid, STEP)
+            feed.finish(run, monitor, STEP)
+    except BaseException:
+        run.kill_new()
+        run.new = None
+        raise
+    return process, monitor
 
 
 def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, socket.socket]:

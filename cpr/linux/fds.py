@@ -184,6 +184,11 @@ def open_pidfd(pid: int) -> Fd:
     return Fd(os.pidfd_open(pid))
 
 
+def closes_on_exec(pid: int, number: int) -> bool:
+    """FD_CLOEXEC of a descriptor of another process. Raises FileNotFoundError, ProcessLookupError, PermissionError."""
+    return bool(parse_fdinfo(procfile.read_text(pid, f"fdinfo/{number}")).flags & os.O_CLOEXEC)
+
+
 def descriptor_table(pid: int) -> tuple[OpenDescriptor, ...]:
     """All descriptors of a process, by number; those closed while we read are left out.
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from cpr.errors import Blocked, CprError, PrivilegeError
+from cpr.linux import stub
 from cpr.linux.process import Process, open_process
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ class Detach:
     """Undo, or after Exec let the new program begin; all threads run."""
 
 
-Operation = Attach | Batch | Exec | Detach
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Find out, while the process runs, what Attach would find out: after an Exec, once the program has begun."""
+
+
+Operation = Attach | Batch | Exec | Detach | Look
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,8 @@ class Tracer:
     def __init__(self, helper: subprocess.Popen[bytes], sock: socket.socket) -> None:
         self._helper = helper
         self._socket = sock
+        self._owed = 0
+        """Replies to what was posted."""
 
     @classmethod
     def start(cls, process: Process) -> Self:
@@ -141,6 +149,15 @@ class Tracer:
         """The helper's."""
         return self._helper.pid
 
+    def post(self, operation: Operation) -> None:
+        """Have it done, and do not wait; what comes of it is told to whoever asks for the next one.
+
+        Raises:
+            ConnectionError: the helper died.
+        """
+        _send(self._socket, (operation,))
+        self._owed += 1
+
     def events(self, *operations: Operation) -> Iterator[Reply]:
         """Do them; a reply as each is done. The first that failed is the last reply.
 
@@ -149,6 +166,9 @@ class Tracer:
         """
         self._socket.settimeout(DONE_SECONDS)
         _send(self._socket, operations)
+        while self._owed:
+            self._owed -= 1
+            self._reply().raise_error()
         for _ in operations:
             reply = self._reply()
             yield reply
@@ -221,8 +241,6 @@ class Helper:
     """Does what it is told to one process."""
 
     def __init__(self, sock: socket.socket, process: Process) -> None:
-        from cpr.linux import stub
-
         self._socket = sock
         self._process = process
         self._room = stub.find_room(process.pid)
@@ -265,6 +283,8 @@ class Helper:
             )
         elif isinstance(operation, Detach):
             self.undo()
+        elif isinstance(operation, Look):
+            self._room = self._room or stub.find_room(self._process.pid)
         elif self._tracee is None:
             raise ValueError("nothing is attached")
         elif isinstance(operation, Batch):

@@ -57,9 +57,9 @@ def descriptor_targets(pid: int) -> dict[int, str]:
     return found
 
 
-def socket_numbers(pid: int) -> dict[int, int]:
-    """{inode: descriptor} of the sockets of a process."""
-    return sockets_among(descriptor_targets(pid))
+def socket_numbers(pid: int, *, besides: int | None = None) -> dict[int, int]:
+    """{inode: descriptor} of the sockets of a process, but for one of its numbers."""
+    return sockets_among({n: target for n, target in descriptor_targets(pid).items() if n != besides})
 
 
 def sockets_among(targets: Mapping[int, str]) -> dict[int, int]:
