@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cpr import errors, recover_in_place
 from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
-from cpr.engines.inplace import as_before
+from cpr.engines.execute import as_before
 from cpr.engines.reexec import Reexec
 from cpr.engines.settings import Settings, hand_back, put_back, set_discard
 from cpr.engines.successor import MARK, run_mark

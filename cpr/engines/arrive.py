@@ -6,7 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines.inplace import O_CLOEXEC, in_place
+from cpr.engines.execute import O_CLOEXEC
+from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import waiting_chardevs
 from cpr.errors import StepFailed

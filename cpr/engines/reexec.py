@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.engines import after, arrive, inplace, prepare, switch
+from cpr.engines import after, arrive, execute, inplace, prepare, switch
 from cpr.engines.handover import unknown_numbers
 from cpr.engines.successor import successor
 from cpr.model import Finding, Severity, Target
@@ -47,7 +47,7 @@ class Reexec:
             switch.CompareChains(guest=guest, new=False),
             inplace.SaveState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, new=False, blackout=True),
-            inplace.ExecNew(
+            execute.ExecNew(
                 guest=guest, target=target, successor=new, back=back, run_id=request.run_id, blackout=True
             ),
             arrive.LoadState(guest=guest, blackout=True),

@@ -1,0 +1,245 @@
+"""The exec itself: all threads are stopped, what is to survive is let survive, and the process becomes the new QEMU.
+
+What follows in the new program is `arrive.py`; the way back is `wayback.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.engines import stream
+from cpr.engines.inplace import STATE, InPlace, in_place
+from cpr.engines.prepare import greet
+from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
+from cpr.engines.switch import CLIENT
+from cpr.engines.wayback import bring_back
+from cpr.errors import CprError, StepFailed
+from cpr.linux import fds, proc
+from cpr.linux.process import Process, open_process
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Look, Tracer
+from cpr.model import Guest, Step, Target
+from cpr.qemu import clients, qmp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from cpr.engines.successor import Inherited, Successor
+    from cpr.run import Run
+
+LOOKS = 20
+"""How often it is looked whether nobody is about to be accepted, before the threads are stopped for good."""
+F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecNew(Step):
+    """Stop all threads, see who is connected, let that survive, and have the process execute the new QEMU."""
+
+    guest: Guest
+    target: Target
+    successor: Successor
+    back: Successor
+    """How the old program is started again."""
+    run_id: str
+
+    def describe(self) -> str:
+        return f"execute {self.target.binary} in pid {self.guest.process.pid}"
+
+    def do(self, run: Run) -> None:
+        kept = in_place(run)
+        try:
+            self._stop_between_clients(run, kept)
+            self._stand_in(run, kept)
+            calls = list(self._calls(run, kept))
+            self._record(run, kept)
+            self._exec(run, kept, calls)
+        except OSError as error:
+            words = f"{error.strerror or error}"
+            raise StepFailed(self.describe(), f"the guest's process could not be made to: {words}") from None
+        old = run.monitor
+        run.new = _same_process(self.guest)
+        old.close()
+        control = run.extra.pop("control")
+        control.setblocking(True)
+        feed = run.extra["feed"] = stream.Feed(kept.state.number)
+        run.closing.callback(feed.close)
+        run.new_monitor = greet(run, self.describe(), control, feed.commands)
+        kept.tracer.post(Look())
+
+    def _stop_between_clients(self, run: Run, kept: InPlace) -> None:
+        """Stop all threads in a moment in which nobody waits to be accepted."""
+        shut = {c.label: run.descriptors[f"listener:{c.label}"] for c in doors(self.guest)}
+        for _ in range(LOOKS):
+            kept.tracer.run(Attach())
+            waiting = [label for label, fd in shut.items() if select.select([fd.number], [], [], 0)[0]]
+            self._look(run, kept)
+            taken = [label for label in waiting if label in kept.clients]
+            if taken:
+                raise StepFailed(
+                    self.describe(),
+                    f"a second client waits for {', '.join(taken)}, and would take the place of the first",
+                    hint="end the second client and try again",
+                )
+            if not waiting:
+                return
+            kept.tracer.run(Detach())
+            run.check(self.describe())
+        raise StepFailed(self.describe(), f"clients keep coming to {', '.join(waiting)}", hint="try again")
+
+    def _look(self, run: Run, kept: InPlace) -> None:
+        """Who is connected, and whether a file was opened since the chains were compared."""
+        pid = self.guest.process.pid
+        opened = clients.files_among(clients.descriptor_targets(pid)) - kept.files
+        if opened:
+            raise StepFailed(self.describe(), f"QEMU has opened {', '.join(sorted(opened))}", hint="try again")
+        for name in [n for n in run.descriptors if n.startswith(CLIENT)]:
+            run.descriptors.pop(name).close()
+        kept.clients.clear()
+        plain = waiting_chardevs(self.guest)
+        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in plain}
+        assert run.old is not None
+        for chardev in clients.connected_now(pid, plain, listeners):
+            if chardev.client is not None:
+                run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+                kept.clients[chardev.label] = chardev.client
+
+    def _stand_in(self, run: Run, kept: InPlace) -> None:
+        """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""
+        for chardev in waiting_chardevs(self.guest):
+            listener = run.descriptors[f"listener:{chardev.label}"]
+            address = clients.listen_address(listener, chardev.label)
+            try:
+                clients.lengthen_queue(listener)
+                kept.standing_in[chardev.label] = qmp.open_socket(address, self.guest.process.pid)
+            except OSError as error:
+                raise StepFailed(
+                    self.describe(), f"{chardev.label}: nobody can connect to {address} ({error.strerror or error})"
+                ) from None
+
+    def _calls(self, run: Run, kept: InPlace) -> Iterator[Call]:
+        """Let survive what is to survive. Raises StepFailed where a number is not what it was."""
+        pid = self.guest.process.pid
+        there = clients.descriptor_targets(pid)
+        survive = [*kept.clients.values(), kept.given[STATE]]
+        moved: list[tuple[int, int]] = []
+        for entry in self.successor.inherited:
+            if entry.source is not None:
+                self._same(run, entry)
+                survive.append(entry.source)
+            elif entry.target is not None:
+                moved.append((kept.given[entry.name], entry.target))
+        if self.successor.control_number is not None:
+            moved.append((kept.given[self.successor.control], self.successor.control_number))
+        if occupied := {target for _, target in moved} & there.keys():
+            raise StepFailed(self.describe(), f"descriptors {sorted(occupied)} are taken meanwhile", hint="try again")
+        kept.left = (kept.given[STATE], *_once(self.successor))
+        kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
+        for number in kept.changed:
+            yield Call("fcntl", (number, F_SETFD, 0))
+        for source, target in moved:
+            yield Call("dup3", (source, target, 0))
+
+    def _same(self, run: Run, entry: Inherited) -> None:
+        ours = os.fstat(run.descriptors[entry.name].number)
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{self.guest.process.pid}/fd/{entry.source}")
+            if (status.st_dev, status.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        raise StepFailed(self.describe(), f"descriptor {entry.source} is not {entry.name} any more")
+
+    def _record(self, run: Run, kept: InPlace) -> None:
+        """What a recovery finds in the process where: a number counts only with the inode that it has now."""
+        pid = self.guest.process.pid
+
+        def numbered(numbers: Iterable[int]) -> list[tuple[int, int]]:
+            return [(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for n in numbers]
+
+        run.journal.fact(
+            "exec",
+            mark=run_mark(self.run_id, pid),
+            state=numbered([kept.given[STATE]])[0],
+            clients=dict(zip(kept.clients, numbered(kept.clients.values()), strict=True)),
+            vnc=[numbered(numbers) for numbers in _numbers_of(self.successor)],
+            left=numbered(kept.left),
+            changed=kept.changed,
+            placed=_placed(self.successor),
+        )
+
+    def _exec(self, run: Run, kept: InPlace, calls: Sequence[Call]) -> None:
+        """Point of no return: from the reply on the process is the new program."""
+        environ = tuple(f"{name}={value}" for name, value in self.successor.environ)
+        program = Exec(self.target.binary.path, self.successor.argv, environ)
+        replies = kept.tracer.events(Batch(tuple(calls)), program, Detach())
+        next(replies).raise_error()
+        try:
+            next(replies).raise_error()
+            kept.executed = True
+            next(replies).raise_error()
+        except ConnectionError:
+            kept.executed = kept.executed or self._became(run)
+            if not kept.executed:
+                raise
+
+    def _became(self, run: Run) -> bool:
+        """Whether the process is the new program, where the tracer did not live to tell; one that is gone is lost."""
+        assert run.old is not None
+        if not run.old.alive():
+            return True
+        mark = run_mark(self.run_id, self.guest.process.pid)
+        return dict(proc.read_environ(self.guest.process.pid)).get(MARK) == mark
+
+    def undo(self, run: Run) -> None:
+        kept: InPlace = in_place(run)
+        for sock in kept.standing_in.values():
+            sock.close()
+        kept.standing_in.clear()
+        if kept.executed:
+            bring_back(run, self.guest, self.back, kept)
+            return
+        kept.tracer.close()  # its threads run again
+        if kept.changed:
+            assert run.old is not None
+            as_before(run.old, kept.changed, _placed(self.successor))
+
+
+def as_before(process: Process, changed: Sequence[int], placed: Sequence[int]) -> None:
+    """FD_CLOEXEC as it was, nothing at the numbers that were given; as far as can be: the guest does not need it."""
+    with contextlib.suppress(OSError, CprError):
+        there = clients.descriptor_targets(process.pid)
+        calls = [Call("fcntl", (n, F_SETFD, FD_CLOEXEC)) for n in changed if n in there]
+        calls += [Call("close", (n,)) for n in placed if n in there]
+        if calls:
+            with Tracer.start(process) as tracer:
+                tracer.run(Attach(), Batch(tuple(calls)), Detach())
+
+
+def _placed(new: Successor) -> list[int]:
+    """Numbers in the old process at which its successor finds what it was given."""
+    numbers = [e.target for e in new.inherited if e.source is None and e.target is not None]
+    return numbers + ([new.control_number] if new.control_number is not None else [])
+
+
+def _once(new: Successor) -> list[int]:
+    """What survives to be taken once: of RAM QEMU opens /proc/self/fd/N again, and VNC listeners come by monitor."""
+    return [e.source for e in new.inherited if e.name.startswith(("ram:", "vnc:")) and e.source is not None]
+
+
+def _numbers_of(new: Successor) -> list[list[int]]:
+    """The VNC listeners of each display."""
+    sources = {e.name: e.source for e in new.inherited}
+    return [[n for name in names if (n := sources[name]) is not None] for _, names in new.vnc]
+
+
+def _same_process(guest: Guest) -> Process:
+    """A second hold on the guest's process; it may have ended already, which shows in `alive`. Raises StepFailed."""
+    try:
+        return open_process(guest.process.pid, guest.process.start_time)
+    except OSError as error:
+        raise StepFailed("execute the new QEMU", f"the process did not survive it: {error}") from None
+
+
