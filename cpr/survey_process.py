@@ -8,6 +8,7 @@ import stat
 
 from cpr.errors import CprError, PrivilegeError
 from cpr.linux import proc, traceable
+from cpr.linux.fds import Fd
 from cpr.model import Untraceable
 
 PIDFILE_BYTES = 64
@@ -54,7 +55,8 @@ def teardown_helpers(pid: int) -> tuple[int, ...]:
 def pidfile_holds_pid(pid: int, pidfile: str, cwd: str) -> bool:
     """Whether the guest's pid file, as its process sees it, is there and has its pid, as the process or we count.
 
-    The path is the guest's word: nothing but a regular file is read, and no link at its end is followed.
+    The path is the guest's word: no link at its end is followed, and nothing but a regular file is opened, as opening
+    alone does something with devices (a watchdog).
 
     Raises:
         ProcessLookupError: the process is gone.
@@ -63,9 +65,11 @@ def pidfile_holds_pid(pid: int, pidfile: str, cwd: str) -> bool:
         return False
     path = f"/proc/{pid}/root{os.path.join('/', cwd, pidfile)}"
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with os.fdopen(number, "rb", buffering=0) as file:
-            content = file.read(PIDFILE_BYTES) if stat.S_ISREG(os.fstat(number).st_mode) else None
-    except (OSError, ValueError):  # ValueError: a NUL byte, which an environment can not have, and a fake one may
+        with Fd(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as there:
+            if not stat.S_ISREG(os.fstat(there.number).st_mode):
+                return False
+            with open(f"/proc/self/fd/{there.number}", "rb", buffering=0) as file:
+                content = file.read(PIDFILE_BYTES).strip()
+    except (OSError, ValueError):  # ValueError: a NUL byte in its name
         return False
-    return content is not None and content.strip() in {str(p).encode() for p in (pid, *proc.read_status(pid).ns_pids)}
+    return content in {str(p).encode() for p in (pid, *proc.read_status(pid).ns_pids)}

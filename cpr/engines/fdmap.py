@@ -58,6 +58,7 @@ class FdMap:
     run: str = ""
     """Empty: there is no map."""
     entries: Mapping[str, Entry] = field(default_factory=lambda: MappingProxyType({}))
+    """Two names may share a descriptor: RAM blocks in one file do."""
 
 
 # -- names
@@ -141,7 +142,7 @@ def encode(known: FdMap) -> tuple[tuple[str, str], ...]:
     """The variables, by name, CPR_RUN first.
 
     Raises:
-        ValueError: it could not be read back: no run, a number or inode out of range, one number with two names.
+        ValueError: it could not be read back: no run, a number or inode out of range, one number with two inodes.
     """
     pairs = [(RUN, known.run)]
     pairs += [(PREFIX + escape(name), f"{e.number},{e.inode}") for name, e in sorted(known.entries.items())]
@@ -171,8 +172,8 @@ def decode(environ: Iterable[tuple[str, str]]) -> FdMap:
         raise ValueError(f"{PREFIX}* without {RUN}")
     if len(runs) > 1 or (runs and not _RUN.fullmatch(runs[0])):
         raise ValueError(f"{RUN} is damaged")
-    if len({entry.number for entry in entries.values()}) < len(entries):
-        raise ValueError("one descriptor has two names")
+    if len({entry.number for entry in entries.values()}) < len(set(entries.values())):
+        raise ValueError("one descriptor has two inodes")
     return FdMap(run=runs[0] if runs else "", entries=MappingProxyType(entries))
 
 

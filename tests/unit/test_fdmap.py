@@ -85,6 +85,11 @@ def test_a_map_comes_back() -> None:
     assert (back.run, dict(back.entries)) == (some_map().run, dict(some_map().entries))
 
 
+def test_two_names_may_share_a_descriptor() -> None:
+    shared = FdMap(run="r1", entries={fdmap.ram("a"): Entry(3, 1), fdmap.ram("b"): Entry(3, 1)})
+    assert dict(fdmap.decode(fdmap.encode(shared)).entries) == dict(shared.entries)
+
+
 def test_no_map() -> None:
     assert dict(fdmap.decode([]).entries) == {}
     assert fdmap.decode([("PATH", "/bin")]).run == ""
@@ -102,7 +107,7 @@ def test_no_map() -> None:
         FdMap(run="r1", entries={"a": Entry(1 << 31, 1)}),
         FdMap(run="r1", entries={"a": Entry(3, -1)}),
         FdMap(run="r1", entries={"a": Entry(3, 1 << 64)}),
-        FdMap(run="r1", entries={"a": Entry(3, 1), "b": Entry(3, 1)}),
+        FdMap(run="r1", entries={"a": Entry(3, 1), "b": Entry(3, 2)}),
     ],
 )
 def test_what_could_not_be_read_back_is_not_written(bad: FdMap) -> None:
@@ -128,7 +133,7 @@ def test_hostile_values(value: str) -> None:
         [("CPR_FD_state", "3,1")],
         [("CPR_RUN", "r1"), ("CPR_FD_", "3,1")],
         [("CPR_RUN", "r1"), ("CPR_FD_a", "3,1"), ("CPR_FD_a", "3,1")],
-        [("CPR_RUN", "r1"), ("CPR_FD_a", "3,1"), ("CPR_FD_b", "3,1")],
+        [("CPR_RUN", "r1"), ("CPR_FD_a", "3,1"), ("CPR_FD_b", "3,2")],
         [("CPR_RUN", "r1"), ("CPR_FD__41", "3,1")],
         [("CPR_RUN", "r1"), ("CPR_RUN", "r1"), ("CPR_FD_a", "3,1")],
         [("CPR_RUN", ""), ("CPR_FD_a", "3,1")],

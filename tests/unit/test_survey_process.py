@@ -118,5 +118,6 @@ def test_a_pid_file_that_is_none(tmp_path: Path, sleeper: subprocess.Popen[bytes
     (tmp_path / "real").write_text(str(sleeper.pid))
     (tmp_path / "link").symlink_to("real")
     os.mkfifo(tmp_path / "fifo")
-    for name in ("link", "fifo", ".", "no/such", "a\0b", "x" * 5000):
+    (tmp_path / "closed").write_text("x")
+    for name in ("link", "fifo", ".", "no/such", "a\0b", "x" * 5000, "closed/x", "../" * 40 + "dev/zero"):
         assert not survey_process.pidfile_holds_pid(sleeper.pid, str(tmp_path / name), "/"), name
