@@ -24,5 +24,5 @@ OURS = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS")
 
 
 def foreign(environ: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Names of variables that are not passed on, and that were not left there to be read, once each."""
-    return tuple(dict.fromkeys(name for name, _ in environ if DROPPED.match(name) and name not in OURS))
+    """Names of variables that are not passed on, and that were not left there to be read, once each, sorted."""
+    return tuple(sorted({name for name, _ in environ if DROPPED.match(name) and name not in OURS}))
