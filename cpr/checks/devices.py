@@ -104,12 +104,9 @@ def chardev_framing(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("monitor-client", "A client of a monitor will be disconnected", engines=HANDOVER)
+@check("monitor-client", "A client of a monitor will be disconnected")
 def monitor_client(guest: Guest) -> Iterator[Finding]:
-    """What was negotiated with it (and half a command, perhaps) ends with the old QEMU. Those that wait are served.
-
-    A re-exec keeps the session: the descriptor stays, and is taken over between two commands.
-    """
+    """What was negotiated with it (and half a command, perhaps) ends with the old QEMU. Those that wait are served."""
     ours = guest.monitor.label if guest.monitor else ""
     for chardev in guest.chardevs:
         if not chardev.monitor or chardev.backend != "socket":
@@ -163,7 +160,7 @@ def vnc_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
             )
 
 
-@check("vnc-websocket", "VNC over websockets", engines=HANDOVER)
+@check("vnc-websocket", "VNC over websockets", engines=ANEW)
 def vnc_websocket(guest: Guest) -> Iterator[Finding]:
     """display-update knows no websocket listener: the port would be taken when the new QEMU wants it."""
     for server in guest.vnc:
@@ -191,9 +188,12 @@ def display_local(command: CommandLine) -> Iterator[Finding]:
             )
 
 
-@check("spice", "SPICE", engines=HANDOVER)
+@check("spice", "SPICE", engines=ANEW)
 def spice(guest: Guest) -> Iterator[Finding]:
-    """Its listener and its sessions are inside libspice-server, which takes neither from outside."""
+    """Its listener and its sessions are inside libspice-server, which takes neither from outside.
+
+    The listener has no close-on-exec flag (reds_init_socket): it would stay open over an exec and hold the port, too.
+    """
     if guest.spice:
         yield blocker(
             "spice",
@@ -229,10 +229,6 @@ def listener_gap(guest: Guest) -> Iterator[Finding]:
         if chardev.label == "gdb":
             words = "will disconnect: a debugger, if there is one; the gdb stub listens again once the old QEMU is gone"
             yield warning(chardev.filename.removeprefix("disconnected:"), words)
-    for server in guest.vnc:
-        if server.websocket:
-            words = "the websocket port is opened anew once the old QEMU is gone: for some milliseconds nobody listens"
-            yield note(server.id, words, engines=("reexec",))
 
 
 MOVABLE_NETDEVS = frozenset({"tap", "bridge", "user", "hubport", "none", "nic"})

@@ -34,13 +34,14 @@ def ptrace(guest: Guest) -> Iterator[Finding]:
 
 @check("will-disconnect", "Sessions that end with the old program", engines=REEXEC)
 def will_disconnect(guest: Guest) -> Iterator[Finding]:
-    """Descriptors are kept, what was agreed on them is not. `chardev-framing` and `vnc-client` are for all engines."""
-    if guest.spice:
-        yield warning(
-            "spice",
-            "will disconnect: SPICE sessions are inside libspice-server, which takes none from outside; the port is "
-            "opened anew, and viewers have to connect again",
-        )
+    """A pty ends with the program that made it. `chardev-framing` and `vnc-client` say the rest, for all engines."""
+    for chardev in guest.chardevs:
+        if chardev.backend == "pty" and chardev.in_argv:
+            yield warning(
+                chardev.label,
+                f"will disconnect: the pty of {chardev.label} ends with the old program; the new one makes another, "
+                "whose name query-chardev tells",
+            )
 
 
 @check("async-teardown", "Helper processes that keep an old address space", engines=REEXEC)

@@ -341,10 +341,11 @@ DEVICES = [
     Case("listener-gap", "hostfwd", guest(netdevs=(netdev("user", hostfwd=("tcp::2222-:22",)),)), [(N, "net0")]),
     Case("listener-gap", "gdb", guest(chardevs=(chardev("gdb", backend="gdb", filename="tcp::1234,server=on"),)),
          [(W, "tcp::1234,server=on")]),
-    Case("listener-gap", "a websocket", guest(vnc=(vnc(websocket=True),)), [(N, "default")]),
     Case("listener-gap", "none", guest()),
-    Case("will-disconnect", "SPICE", guest(spice=True), [(W, "spice")]),
-    Case("will-disconnect", "nothing", guest(vnc=(vnc(clients=1),))),
+    Case("will-disconnect", "a pty", guest(chardevs=(chardev(backend="pty", server=False, listener=None),)),
+         [(W, "serial0")]),
+    Case("will-disconnect", "a pty that was made later", guest(chardevs=(chardev(backend="pty", in_argv=False),))),
+    Case("will-disconnect", "a socket", guest(chardevs=(chardev(connected=True),))),
     *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind, fds=()),)), [(B, "net0")])
       for kind in ("vhost-user", "vhost-vdpa", "l2tpv3", "vde", "netmap", "socket", "stream", "dgram", "af-xdp")),
     Case("netdev-unsupported", "a tap whose descriptor is not found", guest(netdevs=(netdev(fds=()),)), [(B, "net0")]),
@@ -529,9 +530,6 @@ def test_re_exec_keeps_what_two_processes_cannot_share(kind: str) -> None:
     ("check", "of"),
     [
         ("chardev-not-movable", guest(chardevs=(chardev(movable=False),))),
-        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
-        ("vnc-websocket", guest(vnc=(vnc(websocket=True),))),
-        ("spice", guest(spice=True)),
         ("vhost-vsock", guest(devices=(device("vhost-vsock-pci"),))),
     ],
 )
@@ -548,6 +546,9 @@ def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
         ("chardev-not-movable", guest(chardevs=(chardev(server=False, listener=None),))),
         ("chardev-not-movable", guest(chardevs=(chardev(listener=None),))),
         ("chardev-framing", guest(chardevs=(chardev(plain=False, connected=True, server=False),))),
+        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
+        ("vnc-websocket", guest(vnc=(vnc(websocket=True),))),
+        ("spice", guest(spice=True)),
         ("listener-unknown", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),))),
         ("netdev-unsupported", guest(netdevs=(netdev("vhost-user", fds=()),))),
         ("netdev-unsupported", guest(netdevs=(netdev("stream", fds=()),))),
@@ -564,12 +565,14 @@ def test_what_no_new_program_can_open_again_is_refused_before_the_old_one_is_gon
 
 def test_sessions_that_no_engine_keeps_are_told_alike() -> None:
     framed = chardev(plain=False, connected=True, movable=False)
-    telling = guest(chardevs=(framed,), vnc=(vnc(clients=2),), spice=True)
+    pty = chardev("serial1", backend="pty", server=False, listener=None)
+    telling = guest(chardevs=(framed, pty), vnc=(vnc(clients=2),))
     heard = [f for f in run_checks(telling, host(), target(), rehearsal()) if "will disconnect: " in f.message]
     assert {(f.check, f.engines) for f in heard} == {
         ("chardev-framing", ()), ("vnc-client", ()), ("will-disconnect", ("reexec",)),
     }  # fmt: skip
     assert {f.severity for f in heard} == {W}
+    assert {f.engines for f in said("chardev-not-movable", of=telling)} == {("handover",)}
 
 
 V1 = frozenset({"cprsave", "cprload", "cprinfo", "quit"})
