@@ -282,6 +282,16 @@ class Supervisor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Untraceable:
+    """Why system calls cannot be made in the guest's process, as far as /proc tells."""
+
+    why: str
+    ability: str = ""
+    """What is missing; empty where nothing that could be given would help."""
+    way_out: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GuestAgent:
     """The guest agent's port, and what answered there."""
 
@@ -333,6 +343,8 @@ class Host:
     run_directory_inodes: int
     memory_available: int
     architecture: str
+    keeps_memory_over_exec: bool = False
+    """It has MADV_DOEXEC, and was seen to keep a page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,6 +425,14 @@ class Guest:
     changed_files: tuple[str, ...] = ()
     """Configuration files (-readconfig) that were modified after the guest was started."""
     unreadable: tuple[str, ...] = ()
+    pidfile_holds_pid: bool = False
+    """The pid file is there, and its pid is what it says."""
+    untraceable: Untraceable | None = None
+    """None: nothing speaks against tracing it."""
+    teardown_helpers: tuple[int, ...] = ()
+    """Pids of the processes by which async teardown keeps address spaces of this process alive."""
+    seccomp_filters: int | None = None
+    """How many are stacked; None where the kernel does not tell (before 5.9)."""
     disks: tuple[Storage, ...] = ()
     """What its images lie on; read for a reboot only."""
     agent: GuestAgent | None = None

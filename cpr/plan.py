@@ -1,8 +1,8 @@
 """Choosing an engine and making the plan: pure functions on facts and findings.
 
-`auto` takes the first engine, in the order of `engines.ENGINES`, whose findings have no blocker; the plan says why it
-was chosen and why the ones before it were not. What is asked about the guest is in `checks/`, how it is done in
-`engines/`.
+`auto` takes the first engine whose findings have no blocker. Those that fit this guest better than others do (as they
+keep a pid that somebody knows) come first, otherwise the order is that of `engines.ENGINES`. The plan says why it was
+chosen and why the ones before it were not. What is asked about the guest is in `checks/`, how it is done in `engines/`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from cpr.errors import Blocked, UsageError
 from cpr.model import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from cpr.engines.base import Engine
+    from cpr.engines.base import Engine, Preferring
     from cpr.model import Finding, Guest, Host, Rehearsal, Target
 
 AUTO = "auto"
@@ -90,7 +90,7 @@ def make(
     request: Any = None,
     engines: Mapping[str, Engine] | None = None,
 ) -> Plan:
-    """The plan for one guest, made by the first engine that nothing blocks, or by the one that is asked for.
+    """The plan for one guest, made by the best fitting engine that nothing blocks, or by the one that is asked for.
 
     `request` is handed to the engine's `steps`. `rehearsal` has spoken through `findings` already.
 
@@ -103,30 +103,44 @@ def make(
     ignored = tuple(dict.fromkeys(ignored))
     candidates = available if engine == AUTO else {engine: available[engine]}
     verdicts = judge(guest, host, target, findings, engines=candidates, ignored=ignored)
-    passed_over: list[tuple[str, str]] = []
-    for name, found in verdicts.items():
-        stopping = blockers(found)
-        if not stopping:
-            return Plan(
-                guest=guest,
-                target=target,
-                engine=name,
-                reason=_reason(name, engine, passed_over),
-                steps=tuple(candidates[name].steps(guest, target, request)),
-                findings=found,
-                passed_over=tuple(passed_over),
-                ignored=ignored,
-            )
-        passed_over.append((name, ", ".join(dict.fromkeys(f.check for f in stopping))))
-    everything = in_order(f for found in verdicts.values() for f in found)
-    raise NoEngine(guest, everything, tuple(passed_over))
+    blocked = {name: ", ".join(dict.fromkeys(f.check for f in blockers(found))) for name, found in verdicts.items()}
+    preferred = {name: why for name, one in candidates.items() if (why := _preference(one, guest))}
+    order = [*preferred, *(name for name in candidates if name not in preferred)]
+    chosen = next((name for name in order if not blocked[name]), None)
+    if chosen is None:
+        everything = in_order(f for found in verdicts.values() for f in found)
+        raise NoEngine(guest, everything, tuple(blocked.items()))
+    passed_over = tuple(
+        (name, blocked[name] or f"nothing blocks it, but {chosen} fits better")
+        for name in candidates
+        if name in _before(chosen, order) or name in _before(chosen, list(candidates))
+    )
+    return Plan(
+        guest=guest,
+        target=target,
+        engine=chosen,
+        reason=f"--engine {engine} was asked for" if engine != AUTO else _reason(chosen, preferred, passed_over),
+        steps=tuple(candidates[chosen].steps(guest, target, request)),
+        findings=verdicts[chosen],
+        passed_over=passed_over,
+        ignored=ignored,
+    )
 
 
-def _reason(name: str, wanted: str, passed_over: list[tuple[str, str]]) -> str:
-    if wanted != AUTO:
-        return f"--engine {name} was asked for"
+def _preference(engine: Engine | Preferring, guest: Guest) -> str:
+    ask = getattr(engine, "preference", None)
+    return ask(guest) if ask is not None else ""
+
+
+def _before(name: str, names: Sequence[str]) -> Sequence[str]:
+    return names[: names.index(name)]
+
+
+def _reason(chosen: str, preferred: Mapping[str, str], passed_over: Sequence[tuple[str, str]]) -> str:
+    if chosen in preferred:
+        return preferred[chosen]
     if passed_over:
-        return f"the first that nothing blocks, after {', '.join(n for n, _ in passed_over)}"
+        return f"the first that nothing blocks, after {', '.join(name for name, _ in passed_over)}"
     return "nothing blocks it, and its way back is full until the commit"
 
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cpr import discover, supervisors
+from cpr import discover, supervisors, survey_process
 from cpr import survey_files as files
 from cpr.errors import GuestVanished, MonitorError, MonitorHeld
 from cpr.linux import proc, procfile
@@ -170,6 +170,7 @@ class _Survey:
         fdsets = devices.fdsets(answers)
         migration, reasons = answers.read("query-migrate", parse_migrate, ("", ()))
         named = [*descriptors.node_names(nodes), *files.owned_files(command, dict(environ))]
+        pidfile = files.pidfile(command, dict(environ))
         guest = Guest(
             process=candidate.process,
             name=answers.read("query-name", lambda r: text(mapping(r).get("name", "")), "") or candidate.name,
@@ -219,7 +220,11 @@ class _Survey:
             threads=status.threads,
             seccomp=status.seccomp,
             gone_files=files.gone_files(command, pid, cwd),
-            pidfile=files.pidfile(command, dict(environ)),
+            pidfile=pidfile,
+            pidfile_holds_pid=survey_process.pidfile_holds_pid(pid, pidfile, cwd),
+            untraceable=survey_process.untraceable(pid),
+            teardown_helpers=survey_process.teardown_helpers(pid),
+            seccomp_filters=status.seccomp_filters,
             added_options=files.added_options(candidate.argv, dict(environ)),
             stats_polling=devices.stats_polling(answers, plugged),
             config_files=config_files(pid, candidate.argv),

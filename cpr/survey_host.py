@@ -7,7 +7,7 @@ import re
 import resource
 
 from cpr.journal import run_directory
-from cpr.linux import capabilities, proc
+from cpr.linux import capabilities, madvise, proc
 from cpr.model import Host
 
 
@@ -27,6 +27,7 @@ def survey_host() -> Host:
         run_directory_inodes=room.f_favail,
         memory_available=_memory_available(),
         architecture=os.uname().machine,
+        keeps_memory_over_exec=madvise.keeps_memory_over_exec(),
     )
 
 

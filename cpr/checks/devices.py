@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from cpr.qemu.cmdline import CommandLine
 
 HANDOVER = ("handover",)
+ANEW = ("handover", "reexec")
+"""Engines whose new QEMU opens its back ends anew by its command line, but for what can be passed by descriptor. What
+cannot be opened a second time is lost, and with re-exec that shows when the old QEMU is gone."""
 
 MOVABLE_CHARDEVS = frozenset(
     {"socket", "file", "null", "vc", "ringbuf", "memory", "hub", "mux", "testdev", "gdb", "unknown"}
@@ -38,7 +41,13 @@ _WHY_NOT = {
 }
 
 
-@check("chardev-not-movable", "A character device that cannot be handed on", engines=HANDOVER)
+KEPT_BY_EXEC = frozenset(
+    {"pty", "stdio", "pipe", "udp", "serial", "parallel", "spicevmc", "spiceport", "qemu-vdagent"}
+)
+"""Back ends of `_WHY_NOT` that one process after the other can have: their descriptors stay, or are opened again."""
+
+
+@check("chardev-not-movable", "A character device that cannot be handed on", engines=ANEW)
 def chardev_not_movable(guest: Guest) -> Iterator[Finding]:
     """Sockets, files and what has no other end can be; see `_WHY_NOT` for the others."""
     stdin_is_null = any(f.number == 0 and f.target == "/dev/null" for f in guest.open_files)
@@ -51,6 +60,7 @@ def chardev_not_movable(guest: Guest) -> Iterator[Finding]:
                 chardev.label,
                 f"chardev {chardev.label} ({chardev.backend}) cannot be handed to a second QEMU: {why}",
                 "use a UNIX socket the next time: -chardev socket,id=ID,path=PATH,server=on,wait=off",
+                engines=HANDOVER if chardev.backend in KEPT_BY_EXEC or why == _FOCUS else ANEW,
             )
 
 
@@ -62,9 +72,12 @@ def _why_not_movable(chardev: Chardev) -> str:
     return "" if chardev.backend in MOVABLE_CHARDEVS else "cpr does not know how"
 
 
+_FOCUS = "it is multiplexed (mux=on), and who has the focus is known inside QEMU only"
+
+
 def _why_not_socket(chardev: Chardev) -> str:
     if chardev.plain and not chardev.movable:
-        return "it is multiplexed (mux=on), and who has the focus is known inside QEMU only"
+        return _FOCUS
     if chardev.server:
         return "" if chardev.listener is not None else "no descriptor of the process is its listener"
     if chardev.reconnect or not chardev.plain:
@@ -126,7 +139,9 @@ def vnc_client(guest: Guest) -> Iterator[Finding]:
     for server in guest.vnc:
         if server.clients:
             yield warning(
-                server.id, f"{server.clients} VNC client(s) will be disconnected; the port stays open for them"
+                server.id,
+                f"will disconnect: {server.clients} VNC client(s), whose sessions are inside QEMU; viewers have to "
+                "connect again",
             )
 
 
@@ -145,7 +160,7 @@ def vnc_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
             )
 
 
-@check("vnc-websocket", "VNC over websockets", engines=HANDOVER)
+@check("vnc-websocket", "VNC over websockets", engines=ANEW)
 def vnc_websocket(guest: Guest) -> Iterator[Finding]:
     """display-update knows no websocket listener: the port would be taken when the new QEMU wants it."""
     for server in guest.vnc:
@@ -173,9 +188,12 @@ def display_local(command: CommandLine) -> Iterator[Finding]:
             )
 
 
-@check("spice", "SPICE", engines=HANDOVER)
+@check("spice", "SPICE", engines=ANEW)
 def spice(guest: Guest) -> Iterator[Finding]:
-    """Its listener and its sessions are inside libspice-server, which takes neither from outside."""
+    """Its listener and its sessions are inside libspice-server, which takes neither from outside.
+
+    The listener has no close-on-exec flag (reds_init_socket): it would stay open over an exec and hold the port, too.
+    """
     if guest.spice:
         yield blocker(
             "spice",
@@ -184,7 +202,7 @@ def spice(guest: Guest) -> Iterator[Finding]:
         )
 
 
-@check("listener-unknown", "A listener whose owner is not known", engines=HANDOVER)
+@check("listener-unknown", "A listener whose owner is not known", engines=ANEW)
 def listener_unknown(guest: Guest) -> Iterator[Finding]:
     """Every listening socket is somebody's; one that is not would close, and its clients find nobody."""
     for file in guest.open_files:
@@ -197,7 +215,7 @@ def listener_unknown(guest: Guest) -> Iterator[Finding]:
             )
 
 
-@check("listener-gap", "A listener that is away for a moment", engines=HANDOVER)
+@check("listener-gap", "A listener that is away for a moment", engines=ANEW)
 def listener_gap(guest: Guest) -> Iterator[Finding]:
     """QEMU takes no descriptor for these; they are opened anew when the old QEMU is gone."""
     for netdev in guest.netdevs:
@@ -209,7 +227,7 @@ def listener_gap(guest: Guest) -> Iterator[Finding]:
             )
     for chardev in guest.chardevs:
         if chardev.label == "gdb":
-            words = "a connected debugger is disconnected; the gdb stub listens again once the old QEMU is gone"
+            words = "will disconnect: a debugger, if there is one; the gdb stub listens again once the old QEMU is gone"
             yield warning(chardev.filename.removeprefix("disconnected:"), words)
 
 
@@ -218,7 +236,7 @@ MOVABLE_NETDEVS = frozenset({"tap", "bridge", "user", "hubport", "none", "nic"})
 _NETDEV_HINT = "use a tap device at the next start"
 
 
-@check("netdev-unsupported", "A network back end that cannot be handed on", engines=HANDOVER)
+@check("netdev-unsupported", "A network back end that cannot be handed on", engines=ANEW)
 def netdev_unsupported(guest: Guest) -> Iterator[Finding]:
     """Taps are handed on by descriptor, user networking starts anew; the others hold something exclusively."""
     for netdev in guest.netdevs:
@@ -267,23 +285,27 @@ class Held:
 
 
 VFIO = Held(
-    ("vfio-",), "a passed-through device is bound to one process, and its DMA to that process's map of the memory"
+    ("vfio-",), "a passed-through device is bound to the QEMU that opened it, and its DMA to that QEMU's map of memory"
 )
-VSOCK = Held(("vhost-vsock-",), "its CID is exclusive on this host, and a second QEMU cannot take it meanwhile")
+VSOCK = Held(
+    ("vhost-vsock-",),
+    "its CID is exclusive on this host, and a second QEMU cannot take it meanwhile",
+    "--engine reexec, where there is no second QEMU; or unplug it for the update (device_del)",
+)
 VHOST_USER = Held(
     ("vhost-user-", "vhost-user"), "what serves it (virtiofsd, SPDK, ...) serves one QEMU and ends with its connection"
 )
 EXCLUSIVE = (
-    Held(("vhost-vdpa-",), "the vDPA device is held by one process"),
-    Held(("vhost-scsi-",), "its target's endpoint is bound to one process"),
-    Held(("usb-host",), "libusb has claimed the host's device for one process"),
+    Held(("vhost-vdpa-",), "the vDPA device, and its state, is held by the QEMU that opened it"),
+    Held(("vhost-scsi-",), "its target's endpoint is bound to the QEMU that opened it"),
+    Held(("usb-host",), "libusb has claimed the host's device for the QEMU that opened it"),
     Held(("ivshmem-doorbell",), "its place at the ivshmem server ends with its connection"),
 )
 
 
-@check("vfio", "A device of the host, passed through", ignorable=False, engines=HANDOVER)
+@check("vfio", "A device of the host, passed through", ignorable=False, engines=ANEW)
 def vfio(guest: Guest) -> Iterator[Finding]:
-    """vfio-pci and mdev: two processes cannot have one device."""
+    """vfio-pci and mdev: two QEMUs cannot have one device, and it is reset when the first one lets go of it."""
     found = VFIO.findings(guest)
     yield from found
     held = [f for f in guest.open_files if f.kind == "vfio"]
@@ -297,20 +319,20 @@ def vhost_vsock(guest: Guest) -> Iterator[Finding]:
     yield from VSOCK.findings(guest)
 
 
-@check("vhost-user", "A device served by another process", engines=HANDOVER)
+@check("vhost-user", "A device served by another process", engines=ANEW)
 def vhost_user(guest: Guest) -> Iterator[Finding]:
     """virtiofs, vhost-user-blk, -scsi, -gpu, ..."""
     yield from VHOST_USER.findings(guest)
 
 
-@check("device-exclusive", "A device that one process can have", engines=HANDOVER)
+@check("device-exclusive", "A device that one QEMU can have", engines=ANEW)
 def device_exclusive(guest: Guest) -> Iterator[Finding]:
     """vDPA, vhost-scsi, usb-host, ivshmem-doorbell."""
     for held in EXCLUSIVE:
         yield from held.findings(guest)
 
 
-@check("tpm", "A TPM", engines=HANDOVER)
+@check("tpm", "A TPM", engines=ANEW)
 def tpm(command: CommandLine) -> Iterator[Finding]:
     """An emulator's state and connection, or the host's chip."""
     for _, option in command.find("tpmdev"):

@@ -15,7 +15,7 @@ from cpr.qemu.cmdline import devices
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cpr.model import Finding, Guest, RamBlock, Rehearsal, Target
+    from cpr.model import Finding, Guest, Host, RamBlock, Rehearsal, Target
     from cpr.qemu.cmdline import CommandLine
 
 NAMED_FILES_ONLY = (8, 1)
@@ -32,16 +32,35 @@ SHARE_HINT = (
 
 
 @check("ram-volatile", "RAM that a second process cannot map", ignorable=False)
-def ram_volatile(guest: Guest) -> Iterator[Finding]:
+def ram_volatile(guest: Guest, host: Host, target: Target | None = None) -> Iterator[Finding]:
     """Every RAM block is shared memory with something behind it that can be mapped again."""
+    hint = SHARE_HINT + _kept_over_exec(host, target)
     for block in guest.ram:
         why = _volatile(block)
         if why:
             yield blocker(
                 block.id,
                 f"{size(block.size)} of RAM ({block.qom_type}) {why}: it would be gone with the old QEMU",
-                SHARE_HINT,
+                hint,
             )
+
+
+V1_COMMANDS = frozenset({"cprsave", "cprload", "cprinfo"})
+"""Of a QEMU that marks its private RAM by MADV_DOEXEC and executes itself; the next dialects, with `cprexec` at last,
+have memfds instead."""
+
+
+def keeps_private_ram(host: Host, target: Target) -> bool:
+    """Whether a QEMU of that kind could take private RAM along, on a kernel that was seen to keep it over an exec."""
+    return host.keeps_memory_over_exec and target.commands >= V1_COMMANDS and "cprexec" not in target.commands
+
+
+def _kept_over_exec(host: Host, target: Target | None) -> str:
+    if not host.keeps_memory_over_exec or target is None:
+        return ""
+    if keeps_private_ram(host, target):
+        return "; this kernel (MADV_DOEXEC) and the new QEMU (cprsave) could keep it, which this release does not use"
+    return "; this kernel keeps private memory over an exec (MADV_DOEXEC), but only a QEMU with cprsave makes use of it"
 
 
 def _volatile(block: RamBlock) -> str:

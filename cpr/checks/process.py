@@ -8,6 +8,7 @@ from cpr.checks.command import parse
 from cpr.checks.registry import BOTH, blocker, check, note
 from cpr.checks.words import some
 from cpr.qemu.cmdline import CommandLineError, settings
+from cpr.qemu.variables import foreign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,8 +36,8 @@ def supervised(guest: Guest) -> Iterator[Finding]:
             f"{supervisor.kind} {supervisor.who}".strip(),
             f"pid {guest.process.pid} is watched by {supervisor.who or supervisor.kind}, and a handover changes the "
             f"pid: {why}",
-            "an engine that keeps the pid is needed, which comes with a later release; `cpr run` starts guests that "
-            "nobody watches",
+            "re-exec keeps the pid: --engine reexec, which auto takes for this guest where nothing blocks it; "
+            "`cpr run` starts guests that nobody watches",
         )
 
 
@@ -141,4 +142,16 @@ def added_options(guest: Guest) -> Iterator[Finding]:
         yield note(
             some(guest.added_options),
             "an earlier update's --qemu-option added this; it is left out unless this update adds it again",
+        )
+
+
+@check("foreign-variables", "Variables that are not passed on")
+def foreign_variables(guest: Guest) -> Iterator[Finding]:
+    """Some QEMU, or an update, would act on them; somebody has planted them, or an earlier update has left them."""
+    names = foreign(guest.environ)
+    if names:
+        yield note(
+            some(names),
+            "variables of the guest's environment that some QEMU would take for descriptors or orders: they are not "
+            "acted on, and the new QEMU does not get them",
         )

@@ -20,7 +20,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """One way to restart."""
+    """One way to restart. One that is `Preferring` too may be taken before the others."""
 
     name: str
 
@@ -29,3 +29,10 @@ class Engine(Protocol):
 
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         """The steps, in order, exactly one of them the commit. Only asked for where no blocker was found."""
+
+
+class Preferring(Protocol):
+    """An engine that may fit a guest better than the others do. Those that are not have no opinion."""
+
+    def preference(self, guest: Guest) -> str:
+        """Why it is to be taken before the others, as a sentence to be printed; "" where it is not."""

@@ -9,7 +9,6 @@ are ours to choose, so they are part of the plan that is shown.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import CONTROL, GDB, gdb_device
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
+from cpr.qemu.variables import DROPPED, foreign
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 FIRST_NUMBER = 20
 """Inherited descriptors are numbered from here: above stdio and what a launcher holds for itself."""
-
-DROPPED_VARIABLES = re.compile(
-    r"^(CPR_FD_.*|CPR_RUN|CPR_RUN_PENDING|CPR_PIDFILE|CPR_QEMU_OPTIONS"
-    r"|QEMU_FD_.*|QEMU_BOOL_.*|QEMU_CPR_.*|QEMU_ADDR_.*|QEMU_LEN_.*|QEMU_START_FREEZE)$"
-)
-"""Planted or left over: never acted on, never passed on."""
-
-OUR_VARIABLES = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS")
-"""What an update leaves for the next one to read; only what was not put there by one is worth a note."""
 
 DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "readconfig", "dump-vmstate", "D")
 """-D: a second QEMU would truncate the log of the first; it logs to standard error instead."""
@@ -203,8 +194,7 @@ def successor(
         translation = translate(line, target.options)
         line = translation.cmdline
         notes += translation.changes
-    stale = [k for k, _ in guest.environ if DROPPED_VARIABLES.match(k) and k not in OUR_VARIABLES]
-    if stale:
+    if stale := foreign(guest.environ):
         notes.append(f"variables that are never acted on are not passed on: {', '.join(stale)}")
     line = cl.append_options(cl.for_incoming(line), target.extra_options)
     return Successor(
@@ -278,7 +268,7 @@ def _with_fdsets(line: cl.CommandLine, guest: Guest, take: Callable[[str, int], 
 
 
 def _environ(guest: Guest, target: Target, run_id: str) -> tuple[tuple[str, str], ...]:
-    kept = [(k, v) for k, v in guest.environ if not DROPPED_VARIABLES.match(k)]
+    kept = [(k, v) for k, v in guest.environ if not DROPPED.match(k)]
     ours = {MARK: run_mark(run_id, guest.process.pid), "CPR_PIDFILE": guest.pidfile}
     if target.extra_options:
         ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))

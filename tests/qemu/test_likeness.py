@@ -231,8 +231,10 @@ def test_a_relative_command_line_and_an_odd_environment(lab: Lab, cpr: Command, 
         before = [w for w in environ(pid) if w not in stale]
         assert b"ODD=" + os.fsencode(odd["ODD"]) in before
         was = identity(pid)
-        for key in ("11.1.a", "11.1.b"):
-            pid = updated(cpr, pid, builds(key))["pid_after"]
+        for key, planted in (("11.1.a", ["CPR_FD_serial0, QEMU_FD_ram, QEMU_START_FREEZE"]), ("11.1.b", [])):
+            done = updated(cpr, pid, builds(key))
+            assert [f["subject"] for f in done["findings"] if f["check"] == "foreign-variables"] == planted
+            pid = done["pid_after"]
             assert environ(pid) == before
             assert identity(pid) == was
             assert (lab.directory / "rel.pid").read_text() == f"{pid}\n"

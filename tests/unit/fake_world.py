@@ -34,10 +34,14 @@ class FakeEngine:
 
     name: str = "handover"
     own: tuple[Finding, ...] = ()
+    preferred: str = ""
     requests: list[Any] = field(default_factory=list)
 
     def findings(self, guest: Guest, host: Host, target: Target) -> Iterable[Finding]:
         return self.own
+
+    def preference(self, guest: Guest) -> str:
+        return self.preferred
 
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         self.requests.append(request)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cpr import plan as planning
+from cpr.engines.handover import Handover
 from cpr.errors import Exit, UsageError
 from cpr.model import Finding, Severity
 from tests.unit.checks.facts import guest, host, rehearsal, target
 from tests.unit.fake_world import FakeEngine
+
+if TYPE_CHECKING:
+    from cpr.engines.base import Engine
 
 
 def blocker(check: str, *engines: str, ignorable: bool = True) -> Finding:
@@ -42,6 +46,60 @@ def test_auto_says_why_it_passed_one_over() -> None:
     assert (made.engine, made.passed_over) == ("reexec", (("handover", "supervised"),))
     assert "handover" in made.reason
     assert made.findings == ()
+
+
+WATCHED = "pid 4242 is watched by systemd (vm.service): re-exec keeps the pid"
+
+
+def engines(preferred: str = WATCHED) -> dict[str, FakeEngine]:
+    return {name: FakeEngine(name) for name in ("handover", "cpr-transfer")} | {
+        "reexec": FakeEngine("reexec", preferred=preferred),
+        "cpr-exec": FakeEngine("cpr-exec"),
+    }
+
+
+def test_auto_prefers_the_engine_that_fits() -> None:
+    """Its reason is what is printed, and those that it was preferred to are said."""
+    made = make(engines=engines())
+    assert (made.engine, made.reason) == ("reexec", WATCHED)
+    fits = "nothing blocks it, but reexec fits better"
+    assert made.passed_over == (("handover", fits), ("cpr-transfer", fits))
+
+
+def test_an_engine_that_is_preferred_says_what_blocks_the_first() -> None:
+    made = make(blocker("supervised", "handover"), engines=engines())
+    assert (made.engine, made.reason, made.passed_over[0]) == ("reexec", WATCHED, ("handover", "supervised"))
+    assert made.findings == ()
+
+
+def test_an_engine_that_fits_but_is_blocked_is_passed_over() -> None:
+    made = make(blocker("ptrace", "reexec"), engines=engines())
+    assert (made.engine, made.passed_over) == ("handover", (("reexec", "ptrace"),))
+    assert "reexec" in made.reason
+    made = make(blocker("ptrace", "reexec"), blocker("vnc-several", "handover"), engines=engines())
+    assert (made.engine, made.passed_over) == ("cpr-transfer", (("handover", "vnc-several"), ("reexec", "ptrace")))
+
+
+def test_where_both_are_blocked_both_reasons_are_told() -> None:
+    with pytest.raises(planning.NoEngine) as caught:
+        make(blocker("supervised", "handover"), blocker("ptrace", "reexec"),
+             engines={"handover": FakeEngine(), "reexec": FakeEngine("reexec", preferred=WATCHED)})  # fmt: skip
+    assert caught.value.passed_over == (("handover", "supervised"), ("reexec", "ptrace"))
+
+
+def test_a_forced_engine_is_taken_although_another_fits_better() -> None:
+    made = make(engines=engines(), engine="handover")
+    assert (made.engine, made.reason, made.passed_over) == ("handover", "--engine handover was asked for", ())
+
+
+def test_an_engine_without_an_opinion_is_not_preferred() -> None:
+    real: dict[str, Engine] = {"handover": Handover(), "reexec": FakeEngine("reexec", preferred=WATCHED)}
+    made = planning.make(guest(), host(), target(), rehearsal(), (), engines=real)
+    assert made.engine == "reexec"
+
+
+def test_the_order_is_that_of_the_engines_where_none_fits_better() -> None:
+    assert make(engines=engines(preferred="")).engine == "handover"
 
 
 def test_an_engine_speaks_for_itself() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cpr.checks import REGISTRY, run_checks
+from cpr.checks.memory import keeps_private_ram
 from cpr.model import (
     Backing,
     BlockChain,
@@ -19,6 +20,7 @@ from cpr.model import (
     Severity,
     Storage,
     Supervisor,
+    Untraceable,
     Vcpu,
 )
 from cpr.qemu.options import OptionKnowledge
@@ -145,6 +147,10 @@ MIGRATION = [
     Case("capability-left-on", "off", guest()),
 ]  # fmt: skip
 
+YAMA = Untraceable(
+    why="kernel.yama.ptrace_scope is 1", ability="CAP_SYS_PTRACE", way_out="needs CAP_SYS_PTRACE"
+)
+
 PROCESS = [
     *(Case("supervised", kind, guest(supervisors=(Supervisor(kind=kind, who="w"),)), [(B, f"{kind} w")])
       for kind in ("systemd", "libvirt", "container", "parent", "something")),
@@ -180,6 +186,16 @@ PROCESS = [
     Case("loadvm", "none", guest()),
     Case("added-options", "of an earlier update", guest(added_options=("-d", "trace")), [(N, "-d, trace")]),
     Case("added-options", "none", guest()),
+    Case("foreign-variables", "planted", guest(environ=(("A", "1"), ("CPR_FD_a", "3,1"), ("QEMU_START_FREEZE", ""))),
+         [(N, "CPR_FD_a, QEMU_START_FREEZE")]),
+    Case("foreign-variables", "what an update leaves", guest(environ=(("A", "1"), ("CPR_RUN", "r1/42")))),
+    Case("ptrace", "Yama", guest(untraceable=YAMA), [(B, "CAP_SYS_PTRACE")]),
+    Case("ptrace", "a debugger", guest(untraceable=Untraceable(why="it is traced by pid 7")), [(B, "pid 4242")]),
+    Case("ptrace", "it can be", guest()),
+    Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
+    Case("async-teardown", "none", guest()),
+    Case("seccomp-filters", "three", guest(seccomp_filters=3), [(N, "pid 4242")]),
+    *(Case("seccomp-filters", str(n), guest(seccomp_filters=n)) for n in (None, 0, 1)),
 ]  # fmt: skip
 
 DRIFT = [
@@ -326,6 +342,10 @@ DEVICES = [
     Case("listener-gap", "gdb", guest(chardevs=(chardev("gdb", backend="gdb", filename="tcp::1234,server=on"),)),
          [(W, "tcp::1234,server=on")]),
     Case("listener-gap", "none", guest()),
+    Case("will-disconnect", "a pty", guest(chardevs=(chardev(backend="pty", server=False, listener=None),)),
+         [(W, "serial0")]),
+    Case("will-disconnect", "a pty that was made later", guest(chardevs=(chardev(backend="pty", in_argv=False),))),
+    Case("will-disconnect", "a socket", guest(chardevs=(chardev(connected=True),))),
     *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind, fds=()),)), [(B, "net0")])
       for kind in ("vhost-user", "vhost-vdpa", "l2tpv3", "vde", "netmap", "socket", "stream", "dgram", "af-xdp")),
     Case("netdev-unsupported", "a tap whose descriptor is not found", guest(netdevs=(netdev(fds=()),)), [(B, "net0")]),
@@ -474,6 +494,109 @@ def test_supervised_blocks_handover_alone() -> None:
     assert finding.engines == ("handover",)
     assert not finding.ignorable
     assert "vm.service" in finding.message
+
+
+def test_supervised_names_the_engine_that_keeps_the_pid() -> None:
+    [finding] = said("supervised", of=guest(supervisors=(Supervisor(kind="systemd", who="vm.service"),)))
+    assert "--engine reexec" in finding.hint
+
+
+def test_what_cannot_be_traced_goes_over_by_handover_if_nobody_watches() -> None:
+    watched = (Supervisor(kind="systemd", who="vm.service"),)
+    [alone] = said("ptrace", of=guest(untraceable=YAMA))
+    [served] = said("ptrace", of=guest(untraceable=YAMA, supervisors=watched))
+    assert alone.engines == served.engines == ("reexec",)
+    assert not alone.ignorable
+    assert "--engine handover" in alone.hint
+    assert "handover" not in served.hint
+    assert "CAP_SYS_PTRACE is missing" in alone.message
+    [traced] = said("ptrace", of=guest(untraceable=Untraceable(why="traced by pid 7"), supervisors=watched))
+    assert traced.hint
+
+
+def engines_blocked(check: str, of: Guest) -> set[str]:
+    """Those of handover and re-exec that a blocker of this check concerns."""
+    found = [f for f in said(check, of=of) if f.severity is B]
+    return {engine for f in found for engine in f.engines or ("handover", "reexec")}
+
+
+@pytest.mark.parametrize("kind", ["pty", "stdio", "pipe", "serial", "parallel", "spicevmc", "spiceport", "udp"])
+def test_re_exec_keeps_what_two_processes_cannot_share(kind: str) -> None:
+    held = guest(chardevs=(chardev(backend=kind, server=False, listener=None, movable=False),))
+    assert engines_blocked("chardev-not-movable", held) == {"handover"}
+
+
+@pytest.mark.parametrize(
+    ("check", "of"),
+    [
+        ("chardev-not-movable", guest(chardevs=(chardev(movable=False),))),
+        ("vhost-vsock", guest(devices=(device("vhost-vsock-pci"),))),
+    ],
+)
+def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
+    assert engines_blocked(check, of) == {"handover"}
+
+
+@pytest.mark.parametrize(
+    ("check", "of"),
+    [
+        ("chardev-not-movable", guest(chardevs=(chardev(backend="dbus", server=False, listener=None),))),
+        ("chardev-not-movable", guest(chardevs=(chardev(backend="braille", server=False, listener=None),))),
+        ("chardev-not-movable", guest(chardevs=(chardev(backend="something", server=False, listener=None),))),
+        ("chardev-not-movable", guest(chardevs=(chardev(server=False, listener=None),))),
+        ("chardev-not-movable", guest(chardevs=(chardev(listener=None),))),
+        ("chardev-framing", guest(chardevs=(chardev(plain=False, connected=True, server=False),))),
+        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
+        ("vnc-websocket", guest(vnc=(vnc(websocket=True),))),
+        ("spice", guest(spice=True)),
+        ("listener-unknown", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),))),
+        ("netdev-unsupported", guest(netdevs=(netdev("vhost-user", fds=()),))),
+        ("netdev-unsupported", guest(netdevs=(netdev("stream", fds=()),))),
+        ("vfio", guest(devices=(device("vfio-pci"),))),
+        ("vhost-user", guest(devices=(device("vhost-user-fs-pci"),))),
+        ("device-exclusive", guest(devices=(device("usb-host"),))),
+        ("tpm", guest("-tpmdev", "emulator,id=tpm0,chardev=c0")),
+        ("ram-volatile", guest(ram=(ram(shared=False),))),
+    ],
+)
+def test_what_no_new_program_can_open_again_is_refused_before_the_old_one_is_gone(check: str, of: Guest) -> None:
+    assert engines_blocked(check, of) == {"handover", "reexec"}
+
+
+def test_sessions_that_no_engine_keeps_are_told_alike() -> None:
+    framed = chardev(plain=False, connected=True, movable=False)
+    pty = chardev("serial1", backend="pty", server=False, listener=None)
+    telling = guest(chardevs=(framed, pty), vnc=(vnc(clients=2),))
+    heard = [f for f in run_checks(telling, host(), target(), rehearsal()) if "will disconnect: " in f.message]
+    assert {(f.check, f.engines) for f in heard} == {
+        ("chardev-framing", ()), ("vnc-client", ()), ("will-disconnect", ("reexec",)),
+    }  # fmt: skip
+    assert {f.severity for f in heard} == {W}
+    assert {f.engines for f in said("chardev-not-movable", of=telling)} == {("handover",)}
+
+
+V1 = frozenset({"cprsave", "cprload", "cprinfo", "quit"})
+
+
+@pytest.mark.parametrize(
+    ("kept", "commands", "words"),
+    [
+        (False, V1, ""),
+        (False, frozenset({"quit"}), ""),
+        (True, frozenset({"quit"}), "only a QEMU with cprsave"),
+        (True, V1 | {"cprexec"}, "only a QEMU with cprsave"),
+        (True, V1, "could keep it"),
+    ],
+)
+def test_private_ram_on_a_kernel_that_keeps_it_over_exec(kept: bool, commands: frozenset[str], words: str) -> None:
+    """It is refused all the same; the hint says what would be possible."""
+    private = guest(ram=(ram(shared=False),))
+    on, to = host(keeps_memory_over_exec=kept), target(commands=commands)
+    [finding] = said("ram-volatile", of=private, host=on, target=to)
+    [without] = said("ram-volatile", of=private)
+    assert finding.severity is B
+    assert (words in finding.hint) if words else finding.hint == without.hint
+    assert keeps_private_ram(on, to) is (words == "could keep it")
 
 
 def test_the_word_that_is_missing_is_in_the_hint() -> None:
