@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import waiting_chardevs
 from cpr.errors import StepFailed
+from cpr.linux import proc
+from cpr.linux.process import open_process
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach
 from cpr.model import Guest, Step
@@ -81,7 +84,10 @@ class KeepClients(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LetClientsIn(Step):
-    """After the commit: ours hang up, so that the next ones are accepted, and what is left over is closed."""
+    """After the commit: ours hang up, so that the next ones are accepted, and what is left over goes.
+
+    That is descriptors which were needed once, and helpers of async teardown: they hold the old program's memory.
+    """
 
     guest: Guest
 
@@ -93,7 +99,11 @@ class LetClientsIn(Step):
         for sock in kept.standing_in.values():
             sock.close()
         kept.standing_in.clear()
-        calls = tuple(Call("close", (number,)) for number in kept.left)
+        ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
+        calls = (
+            *(Call("close", (number,)) for number in kept.left),
+            *(Call("wait4", (pid, 0, os.WNOHANG, 0)) for pid in ended),
+        )
         kept.left = ()
         try:
             kept.tracer.run(Attach(), Batch(calls), Detach())
@@ -102,3 +112,15 @@ class LetClientsIn(Step):
         finally:
             with contextlib.suppress(OSError):
                 kept.tracer.close()
+
+
+def _end_helper(pid: int, parent: int) -> bool:
+    """End a helper process of the old program; whether it was one, and is to be reaped."""
+    try:
+        if proc.parent_of(pid) != parent:
+            return False
+        with open_process(pid) as helper:
+            helper.kill()
+            return helper.wait_dead(1.0)
+    except OSError:
+        return False

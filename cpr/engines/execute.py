@@ -11,7 +11,7 @@ import select
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
+from cpr.engines import fdmap, stream
 from cpr.engines.inplace import STATE, InPlace, in_place
 from cpr.engines.prepare import greet
 from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
@@ -172,7 +172,8 @@ class ExecNew(Step):
 
     def _exec(self, run: Run, kept: InPlace, calls: Sequence[Call]) -> None:
         """Point of no return: from the reply on the process is the new program."""
-        environ = tuple(f"{name}={value}" for name, value in self.successor.environ)
+        pairs = (*self.successor.environ, *self._map(run, kept))
+        environ = tuple(f"{name}={value}" for name, value in pairs)
         program = Exec(self.target.binary.path, self.successor.argv, environ)
         replies = kept.tracer.events(Batch(tuple(calls)), program, Detach())
         next(replies).raise_error()
@@ -184,6 +185,18 @@ class ExecNew(Step):
             kept.executed = kept.executed or self._became(run)
             if not kept.executed:
                 raise
+
+    def _map(self, run: Run, kept: InPlace) -> list[tuple[str, str]]:
+        """What the new program finds under which number, for whoever looks into its environment."""
+        pid = self.guest.process.pid
+        named = {_map_name(e.name): e.source for e in self.successor.inherited if e.source is not None}
+        named |= {fdmap.client(label): number for label, number in kept.clients.items()}
+        named[fdmap.STATE] = kept.given[STATE]
+        entries = {
+            name: fdmap.Entry(number, os.stat(f"/proc/{pid}/fd/{number}").st_ino) for name, number in named.items()
+        }
+        told = fdmap.encode(fdmap.FdMap(run=run_mark(self.run_id, pid), entries=entries))
+        return [(name, value) for name, value in told if name != fdmap.RUN]  # the mark is there already
 
     def _became(self, run: Run) -> bool:
         """Whether the process is the new program, where the tracer did not live to tell; one that is gone is lost."""
@@ -222,6 +235,14 @@ def _placed(new: Successor) -> list[int]:
     """Numbers in the old process at which its successor finds what it was given."""
     numbers = [e.target for e in new.inherited if e.source is None and e.target is not None]
     return numbers + ([new.control_number] if new.control_number is not None else [])
+
+
+def _map_name(inherited: str) -> str:
+    """What the descriptor map calls an inherited descriptor."""
+    kind, _, label = inherited.partition(":")
+    if kind in ("listener", "connection"):
+        return fdmap.chardev(label)
+    return fdmap.ram(label) if kind == "ram" else inherited
 
 
 def _once(new: Successor) -> list[int]:

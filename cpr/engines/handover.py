@@ -31,25 +31,7 @@ class Handover:
 
     def findings(self, guest: Guest, host: Host, target: Target) -> Iterator[Finding]:
         yield from unknown_numbers(guest, self.name)
-        if len([v for v in guest.vnc if any(n is not None for *_, n in v.listeners)]) > 1:
-            yield self._blocker(
-                "vnc-several",
-                "vnc",
-                "several VNC servers listen, and QEMU can only be given the listener of the first",
-                "start the guest with one VNC server",
-            )
-        if any(v.listeners for v in guest.vnc) and "display-update" not in target.commands:
-            yield self._blocker(
-                "vnc-listener",
-                "vnc",
-                "this new QEMU cannot be given a VNC listener (display-update came with 7.1)",
-                "go to QEMU 7.1 or newer",
-            )
-
-    def _blocker(self, check: str, subject: str, message: str, hint: str) -> Finding:
-        return Finding(
-            check=check, severity=Severity.BLOCKER, subject=subject, message=message, hint=hint, engines=(self.name,)
-        )
+        yield from vnc_listeners(guest, target, self.name)
 
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         new = successor(guest, target, request.run_id)
@@ -97,3 +79,19 @@ def unknown_numbers(guest: Guest, engine: str) -> Iterator[Finding]:
             hint="start the guest with a path instead of a number",
             engines=(engine,),
         )
+
+
+def vnc_listeners(guest: Guest, target: Target, engine: str) -> Iterator[Finding]:
+    """VNC servers whose listeners cannot be given to the new QEMU."""
+
+    def blocker(check: str, message: str, hint: str) -> Finding:
+        return Finding(
+            check=check, severity=Severity.BLOCKER, subject="vnc", message=message, hint=hint, engines=(engine,)
+        )
+
+    if len([v for v in guest.vnc if any(n is not None for *_, n in v.listeners)]) > 1:
+        message = "several VNC servers listen, and QEMU can only be given the listener of the first"
+        yield blocker("vnc-several", message, "start the guest with one VNC server")
+    if any(v.listeners for v in guest.vnc) and "display-update" not in target.commands:
+        message = "this new QEMU cannot be given a VNC listener (display-update came with 7.1)"
+        yield blocker("vnc-listener", message, "go to QEMU 7.1 or newer")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.engines import after, arrive, execute, inplace, prepare, switch
-from cpr.engines.handover import unknown_numbers
+from cpr.engines import after, arrive, execute, fit, inplace, prepare, switch
+from cpr.engines.handover import unknown_numbers, vnc_listeners
 from cpr.engines.successor import successor
 from cpr.model import Finding, Severity, Target
 
@@ -26,6 +26,7 @@ class Reexec:
 
     def findings(self, guest: Guest, host: Host, target: Target) -> Iterator[Finding]:
         yield from unknown_numbers(guest, self.name)
+        yield from vnc_listeners(guest, target, self.name)
         if guest.monitor is None or not guest.monitor.path:
             yield Finding(
                 check="monitor-tcp",
@@ -35,6 +36,9 @@ class Reexec:
                 hint="start the guest with -qmp unix:PATH,server=on,wait=off",
                 engines=(self.name,),
             )
+
+    def preference(self, guest: Guest) -> str:
+        return fit.pid_known_to(guest)
 
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         new = successor(guest, target, request.run_id, in_place=True)

@@ -23,6 +23,14 @@ OURS = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS")
 """What an update leaves for the next one to read; only what was not put there by one is worth a note."""
 
 
+_MARK = re.compile(r"\d{8}T\d{6}-[0-9a-f]{4}/\d+")
+"""What an update leaves as CPR_RUN: its run and the pid that was updated."""
+
+
 def foreign(environ: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Names of variables that are not passed on, and that were not left there to be read, once each, sorted."""
-    return tuple(sorted({name for name, _ in environ if DROPPED.match(name) and name not in OURS}))
+    """Names of variables that are not passed on, and that were not left there by an update, once each, sorted."""
+    found = {name: value for name, value in environ if DROPPED.match(name)}
+    names = set(found)
+    by_an_update = _MARK.fullmatch(found.get("CPR_RUN", ""))
+    map_of_ours = {name for name in names if name.startswith("CPR_FD_")} if by_an_update else set()
+    return tuple(sorted(names - set(OURS) - map_of_ours))

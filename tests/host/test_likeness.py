@@ -36,7 +36,8 @@ def test_new_process_is_like_the_old(host: Host, likeness: Likeness, yama: int) 
     try:
         before = guest.properties()
         old = guest.pid
-        said = host.cpr("update", "--restart", name, "--qemu", qemu.obtain("11.1.a").binary, "-y", "--json")
+        words = ("update", "--restart", name, "--engine", "handover", "-y", "--json")
+        said = host.cpr(*words, "--qemu", qemu.obtain("11.1.a").binary)
         assert said.code == 0, said
         (answer,) = said.json["guests"]
         guest.pid = answer["pid_after"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.lab import cache, counting
-from tests.qemu.conftest import qemus_of
+from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.parties import Qmp, comm_of, counted, descriptors, unique
 from tests.qemu.surveying import until
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
-    from tests.qemu.conftest import Command, Result
+    from tests.qemu.conftest import Result
 
     Builds = Callable[[str], QemuBuild]
 
@@ -37,6 +37,12 @@ INTERNAL = (1 << 31) | (1 << 32)
 """Signals 32 and 33, which glibc keeps for itself and posix_spawn has ignored."""
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 USER, GROUP, MORE_GROUPS = 54321, 54322, (54323, 54324)
+
+
+@pytest.fixture
+def cpr(lab: Lab) -> Command:
+    """A pid file would make it choose re-exec, which has nothing to imitate."""
+    return Command(lab, "handover")
 
 
 def identity(pid: int) -> dict[str, object]:

@@ -16,7 +16,7 @@ ENTRIES = dict(re.findall(r"^### (\S+)\n\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE |
 
 
 def ids_of_engines() -> set[str]:
-    """Ids that the engines give their own findings: `check=` of a Finding, or the first word of `_blocker`."""
+    """Ids that the engines give their own findings: `check=` of a Finding, or the first word of `blocker`."""
     found = set()
     for path in (ROOT / "cpr/engines").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -24,7 +24,7 @@ def ids_of_engines() -> set[str]:
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             said = [k.value for k in node.keywords if k.arg == "check" and name == "Finding"]
-            said += node.args[:1] if name == "_blocker" else []
+            said += node.args[:1] if name == "blocker" else []
             found |= {a.value for a in said if isinstance(a, ast.Constant) and isinstance(a.value, str)}
     return found
 
