@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
+import time
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines import stream
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners
 from cpr.errors import CommandFailed, CprError
@@ -24,7 +25,6 @@ from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.model import Runstate
-from cpr.qemu import migration
 from cpr.qemu.clients import socket_numbers
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     from cpr.linux.process import Process
     from cpr.qemu.qmp import Monitor
 
-CHUNK = 1 << 18
 LOAD_SECONDS = 30.0
-FEED = "cpr-stream"
 
 
 def executed(record: Record) -> bool:
@@ -58,7 +56,6 @@ def arrive(
     lost: list[str] = []
     status = str(monitor.execute("query-status")["status"])
     if status == Runstate.INMIGRATE:
-        migration.prepare(monitor, migration.ONE_WAY)
         _load(process, monitor, fact["state"])
         status = str(monitor.execute("query-status")["status"])
     if status == Runstate.RUNNING or record.steps.get(record.commit_index) == "done":
@@ -89,27 +86,25 @@ def _take(process: Process, numbered: Sequence[int]) -> Fd:
 
 
 def _load(process: Process, monitor: Monitor, numbered: Sequence[int]) -> None:
-    """Let QEMU load the state that lies in its own descriptor."""
-    seen = monitor.event_count
-    here, there = socket.socketpair()
-    with _take(process, numbered) as state, here:
-        with there:
-            monitor.send_fd(FEED, there.fileno())
-        monitor.execute("migrate-incoming", uri=f"fd:{FEED}")
-        size, offset = os.fstat(state.number).st_size, 0
-        here.settimeout(LOAD_SECONDS)
-        with contextlib.suppress(ConnectionError):
-            while offset < size:
-                offset += here.send(os.pread(state.number, CHUNK, offset))
-            here.shutdown(socket.SHUT_WR)
-        event = monitor.wait_event(
-            {"MIGRATION"},
-            lambda e: e.data.get("status") in ("completed", "failed"),
-            timeout=LOAD_SECONDS,
-            after=seen,
-        )
-    if event.data["status"] != "completed":
-        raise CprError(f"the new QEMU does not take the state: {migration.failure(monitor)}")
+    """Let QEMU load the state that lies in its own descriptor, if it was not told to yet."""
+    deadline = time.monotonic() + LOAD_SECONDS
+
+    def attend() -> None:
+        if time.monotonic() > deadline:
+            raise CprError("the new QEMU does not load the state", hint="cpr recover tries again")
+
+    replies: list[dict[str, Any]] = [{"return": {}}] * 2
+    if monitor.execute("query-migrate").get("status", "none") == "none":
+        replies = []
+        with _take(process, numbered) as state:
+            os.lseek(state.number, 0, os.SEEK_SET)
+        for command in stream.load_commands(int(numbered[0])):
+            try:
+                replies.append({"return": monitor.execute(command.name, **command.arguments)})
+            except CommandFailed as error:
+                replies.append({"error": {"desc": error.description}})
+    if why := stream.await_load(monitor, replies, attend):
+        raise CprError(f"the new QEMU does not take the state: {why}")
 
 
 def _reconnect(process: Process, monitor: Monitor, known: Mapping[str, Sequence[int]]) -> list[str]:

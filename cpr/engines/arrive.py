@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.engines import stream
 from cpr.engines.execute import O_CLOEXEC
 from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
@@ -22,7 +23,6 @@ from cpr.qemu import clients
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cpr.engines import stream
     from cpr.engines.inplace import InPlace
     from cpr.run import Run
 
@@ -38,8 +38,7 @@ class LoadState(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
-        feed: stream.Feed = run.extra["feed"]
-        feed.finish(run, run.successor, self.describe())
+        stream.finish_load(run, run.successor, self.describe())
         same_ram(self.guest, kept.ram, self.guest.process.pid, self.describe())
         if any(event.name == "RESUME" for event in run.successor.events()):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
@@ -100,18 +99,24 @@ class LetClientsIn(Step):
             sock.close()
         kept.standing_in.clear()
         ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
-        calls = (
-            *(Call("close", (number,)) for number in kept.left),
-            *(Call("wait4", (pid, 0, os.WNOHANG, 0)) for pid in ended),
-        )
-        kept.left = ()
         try:
-            kept.tracer.run(Attach(), Batch(calls), Detach())
+            kept.tracer.run(Attach())
+            calls = (
+                *(Call("close", (number,)) for number, inode in kept.left if self._inode(number) == inode),
+                *(Call("wait4", (pid, 0, os.WNOHANG, 0)) for pid in ended),
+            )
+            kept.tracer.run(Batch(calls), Detach())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         finally:
             with contextlib.suppress(OSError):
                 kept.tracer.close()
+
+    def _inode(self, number: int) -> int:
+        """Of what has that number now: QEMU closes some of them itself."""
+        with contextlib.suppress(OSError):
+            return os.stat(f"/proc/{self.guest.process.pid}/fd/{number}").st_ino
+        return 0
 
 
 def _end_helper(pid: int, parent: int) -> bool:

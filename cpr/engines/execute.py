@@ -66,9 +66,7 @@ class ExecNew(Step):
         old.close()
         control = run.extra.pop("control")
         control.setblocking(True)
-        feed = run.extra["feed"] = stream.Feed(kept.state.number)
-        run.closing.callback(feed.close)
-        run.new_monitor = greet(run, self.describe(), control, feed.commands)
+        run.new_monitor = greet(run, self.describe(), control, stream.load_commands(kept.given[STATE]))
         kept.tracer.post(Look())
 
     def _stop_between_clients(self, run: Run, kept: InPlace) -> None:
@@ -137,7 +135,7 @@ class ExecNew(Step):
             moved.append((kept.given[self.successor.control], self.successor.control_number))
         if occupied := {target for _, target in moved} & there.keys():
             raise StepFailed(self.describe(), f"descriptors {sorted(occupied)} are taken meanwhile", hint="try again")
-        kept.left = (kept.given[STATE], *_once(self.successor))
+        kept.left = tuple(_numbered(pid, [kept.given[STATE], *_once(self.successor)]))
         kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
         for number in kept.changed:
             yield Call("fcntl", (number, F_SETFD, 0))
@@ -155,17 +153,13 @@ class ExecNew(Step):
     def _record(self, run: Run, kept: InPlace) -> None:
         """What a recovery finds in the process where: a number counts only with the inode that it has now."""
         pid = self.guest.process.pid
-
-        def numbered(numbers: Iterable[int]) -> list[tuple[int, int]]:
-            return [(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for n in numbers]
-
         run.journal.fact(
             "exec",
             mark=run_mark(self.run_id, pid),
-            state=numbered([kept.given[STATE]])[0],
-            clients=dict(zip(kept.clients, numbered(kept.clients.values()), strict=True)),
-            vnc=[numbered(numbers) for numbers in _numbers_of(self.successor)],
-            left=numbered(kept.left),
+            state=_numbered(pid, [kept.given[STATE]])[0],
+            clients=dict(zip(kept.clients, _numbered(pid, kept.clients.values()), strict=True)),
+            vnc=[_numbered(pid, numbers) for numbers in _numbers_of(self.successor)],
+            left=kept.left,
             changed=kept.changed,
             placed=_placed(self.successor),
         )
@@ -192,9 +186,8 @@ class ExecNew(Step):
         named = {_map_name(e.name): e.source for e in self.successor.inherited if e.source is not None}
         named |= {fdmap.client(label): number for label, number in kept.clients.items()}
         named[fdmap.STATE] = kept.given[STATE]
-        entries = {
-            name: fdmap.Entry(number, os.stat(f"/proc/{pid}/fd/{number}").st_ino) for name, number in named.items()
-        }
+        pairs = zip(named, _numbered(pid, named.values()), strict=True)
+        entries = {name: fdmap.Entry(number, inode) for name, (number, inode) in pairs}
         told = fdmap.encode(fdmap.FdMap(run=run_mark(self.run_id, pid), entries=entries))
         return [(name, value) for name, value in told if name != fdmap.RUN]  # the mark is there already
 
@@ -243,6 +236,11 @@ def _map_name(inherited: str) -> str:
     if kind in ("listener", "connection"):
         return fdmap.chardev(label)
     return fdmap.ram(label) if kind == "ram" else inherited
+
+
+def _numbered(pid: int, numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Each with its inode. Raises OSError."""
+    return [(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for n in numbers]
 
 
 def _once(new: Successor) -> list[int]:

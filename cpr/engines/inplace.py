@@ -50,8 +50,8 @@ class InPlace:
     """Numbers in the guest's process of the clients that are kept, by chardev."""
     standing_in: dict[str, socket.socket] = field(default_factory=dict)
     """Our end of the clients that the new QEMU starts with, by chardev."""
-    left: tuple[int, ...] = ()
-    """Numbers in the new QEMU that it needs once, and not any more when clients are let in."""
+    left: tuple[tuple[int, int], ...] = ()
+    """Numbers and inodes in the new QEMU of what it needs once, and not any more when clients are let in."""
     changed: tuple[int, ...] = ()
     """Numbers without FD_CLOEXEC that had it."""
     executed: bool = False

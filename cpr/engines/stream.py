@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any
 
 from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
 from cpr.linux import proc
@@ -20,6 +20,8 @@ from cpr.qemu.first_words import Command
 from cpr.run import resume_old
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from cpr.model import Guest
     from cpr.qemu.qmp import Monitor
     from cpr.run import Run
@@ -104,6 +106,7 @@ def save(run: Run, state: int, step: str) -> None:
             break
         while data:
             data = data[os.write(state, data) :]
+    os.lseek(state, 0, os.SEEK_SET)  # the position is the same for whoever has it
     # QEMU has closed its end; that it is content shows a moment later
     while (status := run.monitor.execute("query-migrate").get("status")) in ("active", "device", "setup"):
         run.check(step)
@@ -117,70 +120,50 @@ def _failed(run: Run) -> bool:
     return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
 
 
-class Feed:
-    """A state in a memory file on its way into a QEMU that has just been started.
+def load_commands(number: int) -> tuple[Command, ...]:
+    """Have a QEMU load the state in its own descriptor `number`: nobody's death can keep it from coming to the end.
 
-    `commands` go with the negotiation, so that they are the first that it does; then `finish`.
+    `file:` came with 8.2, which refuses `fd:` for a file; whichever comes second fails.
     """
+    capabilities = [{"capability": name, "state": True} for name in migration.ONE_WAY]
+    return (
+        Command(name="migrate-set-capabilities", arguments={"capabilities": capabilities}),
+        Command(name="migrate-incoming", arguments={"uri": f"file:/proc/self/fd/{number}"}),
+        Command(name="migrate-incoming", arguments={"uri": f"fd:{number}"}),
+    )
 
-    def __init__(self, state: int) -> None:
-        self._state = state
-        self._here, self._there = socket.socketpair()
-        capabilities = [{"capability": name, "state": True} for name in migration.ONE_WAY]
-        self.commands = (
-            Command(name="migrate-set-capabilities", arguments={"capabilities": capabilities}),
-            Command(name="getfd", arguments={"fdname": NAME}, descriptor=self._there.fileno()),
-            Command(name="migrate-incoming", arguments={"uri": f"fd:{NAME}"}),
-        )
 
-    def finish(self, run: Run, monitor: Monitor, step: str) -> None:
-        """Send it, and wait until that QEMU has all of it.
+def await_load(monitor: Monitor, replies: Sequence[dict[str, Any]], attend: Callable[[], None]) -> str:
+    """Wait until a QEMU has loaded the state: "" if it has, or why not, in QEMU's words.
 
-        Raises:
-            NewQemuDied: it does not take it. StepFailed: it is another QEMU.
-        """
-        errors = [reply["error"] for reply in monitor.first_replies if "error" in reply]
-        if errors:
-            raise StepFailed(step, f"the new QEMU refuses: {errors[0].get('desc', errors[0])}")
-        with self:
-            self._send(run)
-            status = ""
-            try:
-                while (status := monitor.execute("query-migrate").get("status", "")) not in ENDED:
-                    run.attend()
-                    seen = monitor.event_count
-                    with contextlib.suppress(TimeoutError):
-                        monitor.wait_event({"MIGRATION"}, timeout=SLICE, after=seen)
-            except MonitorError:
-                if run.new is not None:
-                    run.new.wait_dead(1.0)
-                status = "died"
-        if status != "completed":
-            words = run.words() or (migration.failure(monitor) if status != "died" else "")
-            raise NewQemuDied(step, "did not take the state", words)
+    Raises:
+        MonitorError: it has ended.
+    """
+    errors = ["error" in reply for reply in replies]
+    if errors[0] or all(errors[1:]):
+        return next(str(reply["error"].get("desc", "")) for reply in replies if "error" in reply)
+    while (status := monitor.execute("query-migrate").get("status", "")) not in ENDED:
+        attend()
+        seen = monitor.event_count
+        with contextlib.suppress(TimeoutError):
+            monitor.wait_event({"MIGRATION"}, timeout=SLICE, after=seen)
+    return "" if status == "completed" else migration.failure(monitor) or f"the migration is {status}"
 
-    def _send(self, run: Run) -> None:
-        size, offset = os.fstat(self._state).st_size, 0
-        self._there.close()
-        self._here.settimeout(SLICE)
-        with contextlib.suppress(ConnectionError):  # it has closed its end: its words follow
-            while offset < size:
-                try:
-                    offset += self._here.send(os.pread(self._state, CHUNK, offset))
-                except TimeoutError:
-                    run.attend()
-            self._here.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        """Safe to repeat."""
-        self._here.close()
-        self._there.close()
+def finish_load(run: Run, monitor: Monitor, step: str) -> None:
+    """Wait until a QEMU that was greeted with `load_commands` has all of it.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    Raises:
+        NewQemuDied: it does not take it.
+    """
+    try:
+        why = await_load(monitor, monitor.first_replies, run.attend)
+    except MonitorError:
+        if run.new is not None:
+            run.new.wait_dead(1.0)
+        raise NewQemuDied(step, "did not take the state", run.words()) from None
+    if why:
+        raise NewQemuDied(step, "did not take the state", run.words() or why)
 
 
 def go_on_after_save(run: Run, guest: Guest) -> None:

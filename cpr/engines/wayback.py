@@ -74,10 +74,10 @@ def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Proc
         run.journal.fact("back", pid=process.pid, start_time=process.start_time, state=state)
         if run.new_monitor is not None:
             run.new_monitor.close()
-        with stream.Feed(kept.state.number) as feed:
-            monitor = run.new_monitor = greet(run, STEP, control, feed.commands)
-            same_ram(guest, kept.ram, process.pid, STEP)
-            feed.finish(run, monitor, STEP)
+        os.lseek(kept.state.number, 0, os.SEEK_SET)
+        monitor = run.new_monitor = greet(run, STEP, control, stream.load_commands(STATE_NUMBER))
+        stream.finish_load(run, monitor, STEP)
+        same_ram(guest, kept.ram, process.pid, STEP)
     except BaseException:
         run.kill_new()
         run.new = None
