@@ -1,4 +1,4 @@
-"""Bars: what the project promises of a handover, judged from fresh figures of this machine (pytest -m bench).
+"""Bars: what the project promises of handover and re-exec, judged from fresh figures of this machine (pytest -m bench).
 
 One run measures all rows in turns, so that a slow quarter of an hour hits them alike. The figures are printed
 whether or not they hold. On a busy machine the absolute bars may fail for no fault of ours: the load is printed too.
@@ -24,6 +24,7 @@ WITHOUT_CONNECTIONS_SECONDS = 0.008
 WITH_CONNECTIONS_SECONDS = 0.016
 BIG_TO_SMALL = 1.3
 HANDOVER_TO_TRANSFER = 1.5
+REEXEC_TO_EXEC = 1.3
 
 
 class Bars:
@@ -40,7 +41,10 @@ class Bars:
         self.big = Cell(big, WAYS["handover"])
         self.near = Cell(near, WAYS["handover"])
         self.transfer = Cell(near, WAYS["cpr-transfer"])
-        self.results: Results = measure.plan([self.handover, self.console, self.big, self.near, self.transfer], RUNS)
+        self.reexec = Cell(near, WAYS["reexec+console"])
+        self.exec = Cell(near, WAYS["cpr-exec"])
+        cells = [self.handover, self.console, self.big, self.near, self.transfer, self.reexec, self.exec]
+        self.results: Results = measure.plan(cells, RUNS)
 
     def median(self, cell: Cell) -> float:
         """The median blackout in seconds. A row with a failed sample has none: the test fails."""
@@ -89,3 +93,9 @@ def test_handover_is_about_as_quick_as_cpr_transfer(bars: Bars) -> None:
     assert handover / transfer <= HANDOVER_TO_TRANSFER, (
         f"handover {handover * 1000:.1f} ms, cpr-transfer {transfer * 1000:.1f} ms"
     )
+
+
+def test_reexec_is_about_as_quick_as_cpr_exec(bars: Bars) -> None:
+    """Which keeps no connection."""
+    ours, native = bars.median(bars.reexec), bars.median(bars.exec)
+    assert ours / native <= REEXEC_TO_EXEC, f"re-exec {ours * 1000:.1f} ms, cpr-exec {native * 1000:.1f} ms"

@@ -50,19 +50,27 @@ class Way:
         return not (self.copies and case.size >= COPIES_RARELY) or round_ % 5 == 0
 
 
-def handover(guest: BenchGuest) -> Moved:
+def update(guest: BenchGuest, engine: str) -> Moved:
     """`cpr update --restart`, as a user calls it. Raises WayFailed with what it said."""
-    command = Command(guest.lab)
+    command = Command(guest.lab, engine)
     began = time.monotonic()
     result = command.update(guest.process.pid, guest.case.new)
     seconds = time.monotonic() - began
     if result.code:
         raise WayFailed(f"cpr update: {result}")
     answer = result.guest
-    if answer["status"] != "updated" or answer["engine"] != "handover":
+    if answer["status"] != "updated" or answer["engine"] != engine:
         raise WayFailed(f"cpr update: {answer['status']} by {answer['engine']}")
     process = guest.lab.adopt(answer["pid_after"])
     return Moved(process=process, blackout=answer["blackout_seconds"], seconds=seconds, console=guest.old.console)
+
+
+def handover(guest: BenchGuest) -> Moved:
+    return update(guest, "handover")
+
+
+def reexec(guest: BenchGuest) -> Moved:
+    return update(guest, "reexec")
 
 
 WAYS: Mapping[str, Way] = MappingProxyType(
@@ -71,6 +79,8 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         for way in (
             Way(name="handover", move=handover, client=False, ours=True),
             Way(name="handover+console", move=handover, ours=True),
+            Way(name="reexec", move=reexec, client=False, ours=True),
+            Way(name="reexec+console", move=reexec, ours=True),
             Way(name="cpr-transfer", move=native.cpr_transfer, mode="cpr-transfer", native=True),
             Way(name="cpr-exec", move=native.cpr_exec, mode="cpr-exec", native=True),
             Way(name="live-migration", move=native.live, copies=True),
