@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cpr.errors import CommandFailed, CprError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from cpr.qemu.qmp import Monitor
 
@@ -24,10 +24,10 @@ STREAM: Mapping[str, int] = {"max-bandwidth": 10**12, "downtime-limit": 2000}
 """Bytes per second and milliseconds: the stream is small, and is to end in its first pass."""
 
 
-def prepare(monitor: Monitor) -> None:
-    """Switch on what a handover needs and everything else off (multifd, xbzrle, ... of an earlier migration)."""
+def prepare(monitor: Monitor, names: Collection[str] = SWITCHED_ON) -> None:
+    """Switch on what a handover needs (`names`) and everything else off (multifd, xbzrle, ... of an earlier one)."""
     known = {c["capability"]: c["state"] for c in monitor.execute("query-migrate-capabilities")}
-    wanted = {name: name in SWITCHED_ON for name, state in known.items() if state or name in SWITCHED_ON}
+    wanted = {name: name in names for name, state in known.items() if state or name in names}
     _set(monitor, {n: s for n, s in wanted.items() if known[n] != s})
     monitor.execute_arguments("migrate-set-parameters", dict(STREAM))
 

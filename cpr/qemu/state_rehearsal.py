@@ -17,7 +17,6 @@ from cpr.linux.fds import Fd, take_fd
 from cpr.linux.syscalls import tun_interface
 from cpr.model import Backing
 from cpr.qemu import cmdline as cl
-from cpr.qemu import migration
 from cpr.qemu.cmdline.facts import Device as GivenDevice
 from cpr.qemu.options import translate
 from cpr.qemu.rehearsal import MONITOR_NUMBER, NotStarted, Started, base_command, disk_sizes, started
@@ -38,11 +37,25 @@ def not_rehearsable(guest: Guest) -> tuple[str, ...]:
 
     Devices that are nothing without the world outside have their part in the state, which no QEMU without them takes.
     """
-    left_out = cl.not_rehearsed(base_command(guest, with_added=True))
+    line = base_command(guest, with_added=True)
+    left_out = cl.not_rehearsed(line)
     names = [f"{d.driver} {d.id or ''}".strip() for d in left_out if isinstance(d, GivenDevice)]
     names += [f"{d.type} {d.id}" for d in guest.devices if d.type.startswith(DISCARDS)]
     names += [f"RAM {b.id}" for b in guest.ram if not _mappable(b)]
+    named = {netdev.id for netdev in cl.netdevs(line)}
+    taps = [netdev for netdev in guest.netdevs if netdev.fds]
+    names += [f"network {n.id}" for n in taps if n.id not in named or not _taps_can_be_made()]
     return tuple(dict.fromkeys(names))
+
+
+def _taps_can_be_made() -> bool:
+    """Without one like its own a NIC may refuse its own state: offloads and queues in use are in that."""
+    try:
+        for fd in tun.throw_away_queues(0, 1):
+            fd.close()
+    except OSError:
+        return False
+    return True
 
 
 def _mappable(ram: RamBlock) -> bool:
@@ -124,7 +137,6 @@ def _over_guest(
         )
         if state:
             _see_private(it.process.pid, guest)
-            migration.prepare(it.monitor)
         yield it
 
 
@@ -138,14 +150,13 @@ def _ram(old: Process, block: RamBlock) -> Fd:
 
 
 def _taps(guest: Guest, old: Process) -> Iterator[tuple[str, list[Fd]]]:
-    """(netdev, throw-away queues like its own): offloads and queues in use are in the state of the NIC."""
+    """(netdev, throw-away queues like its own)."""
     for netdev in guest.netdevs:
         if not netdev.fds:
             continue
         with take_fd(old.pidfd, netdev.fds[0]) as queue:
             _, flags = tun_interface(queue.number)
-        with contextlib.suppress(PermissionError):  # the NIC then stands on a hub, and may not take its state
-            yield netdev.id, tun.throw_away_queues(flags, len(netdev.fds))
+        yield netdev.id, tun.throw_away_queues(flags, len(netdev.fds))
 
 
 def _see_private(pid: int, guest: Guest) -> None:

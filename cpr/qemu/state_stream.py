@@ -17,7 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from cpr.errors import CommandFailed
-from cpr.linux.fds import Fd
+from cpr.linux.fds import Fd, descriptor_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +30,13 @@ WAITING = 64 << 20
 SHUT_FAILED = struct.pack(">HHI", 1, 4, 1)
 """MIG_RP_MSG_SHUT with an error (migration/migration.h): the one who loads has failed."""
 
+NAME = "cpr-state"
+MEMFD = f"/memfd:{NAME}"
 HEADER = struct.Struct(">4sI")
 CONFIGURATION = 0x07
 """QEMU_VM_CONFIGURATION (migration/savevm.h): the section that names the machine type."""
+DESCRIPTION = struct.pack(">BI", 0x06, 0)
+"""QEMU_VM_VMDESCRIPTION: words about the format, here none. Who loads waits for them, or for the end of the file."""
 
 
 class Tee:
@@ -119,25 +123,27 @@ class Tee:
                 del self._waiting[number]
 
 
-def device_state(monitor: Monitor, machine: str) -> bytes:
+def device_state(monitor: Monitor, pid: int, machine: str) -> bytes:
     """The state of a paused QEMU's devices, as `migrate-incoming` takes it; RAM is not in it.
 
     Nothing is changed by it: no migration ends, no image is given up, and the guest stays paused. The command is meant
-    for Xen and works with every accelerator; what its stream lacks is the section that names the `machine`, a concrete
-    machine type (migration/savevm.c, qemu_save_device_state).
+    for Xen and works with every accelerator; what its stream lacks is the sections that name the `machine`, a concrete
+    machine type, and the format (migration/savevm.c, qemu_save_device_state). `pid` is that QEMU's.
 
     Raises:
         CommandFailed, MonitorError.
     """
-    with Fd(os.memfd_create("cpr-state", os.MFD_CLOEXEC)) as state:
-        # QEMU picks the member of a set whose access mode is the wanted one
-        with Fd(os.open(f"/proc/self/fd/{state.number}", os.O_WRONLY | os.O_CLOEXEC)) as writable:
-            fdset = monitor.add_fd(writable.number)
+    with Fd(os.memfd_create(NAME, os.MFD_CLOEXEC)) as state:
+        # by name: a set of descriptors (add-fd) would not go before the guest runs (monitor/fds.c, 7.2)
+        monitor.send_fd(NAME, state.number)
         try:
-            monitor.execute("xen-save-devices-state", filename=f"/dev/fdset/{fdset}", live=False)
+            inode = os.fstat(state.number).st_ino
+            number = next(d.number for d in descriptor_table(pid) if d.inode == inode and d.target.startswith(MEMFD))
+            monitor.execute("xen-save-devices-state", filename=f"/proc/self/fd/{number}", live=False)
         finally:
             with contextlib.suppress(CommandFailed):
-                monitor.execute("remove-fd", fdset_id=fdset)
+                monitor.execute("closefd", fdname=NAME)
         stream = os.pread(state.number, os.fstat(state.number).st_size, 0)
     name = machine.encode()
-    return stream[: HEADER.size] + struct.pack(">BI", CONFIGURATION, len(name)) + name + stream[HEADER.size :]
+    configuration = struct.pack(">BI", CONFIGURATION, len(name)) + name
+    return stream[: HEADER.size] + configuration + stream[HEADER.size :] + DESCRIPTION

@@ -1,0 +1,472 @@
+"""The state of real guests, rehearsed: verdicts, words, and guests that notice nothing but a moment's pause."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cpr.engines import dress
+from cpr.errors import Exit
+from cpr.linux import proc
+from cpr.model import Status
+from cpr.qemu import features, state_rehearsal
+from cpr.run import Bounds
+from tests.lab import qemu, tap
+from tests.lab.start import Lab
+from tests.qemu.conftest import Command, build, qemus_of
+from tests.qemu.dressing import Rehearsing, rehearse
+from tests.qemu.faults.fault import Fault, Stage
+from tests.qemu.faults.subject import QUICK, killed
+from tests.qemu.moving import Subject, backend, goes_on, monitor, walk
+from tests.qemu.surveying import until
+from tests.qemu.test_rehearsal import rehearsing
+from tests.qemu.test_truth import LOADED_AT, PAGE, changed_by_a_second_start, differing, digests, loader_words, ram_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cpr.model import Target
+    from cpr.qemu.rehearsal import Started
+    from cpr.run import Run
+    from tests.lab.counting import CountingLog
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Guest
+    from tests.qemu.dressing import Rehearsed
+
+VIRTIO = [
+    *("-device", "virtio-balloon-pci", "-device", "virtio-rng-pci", "-vga", "std"),
+    *("-device", "virtio-serial-pci", "-chardev", "null,id=vc", "-device", "virtconsole,chardev=vc"),
+    *("-netdev", "user,id=u0", "-device", "virtio-net-pci,netdev=u0,romfile="),
+]
+DISK = ["-drive", "file={disk},format=raw,if=none,id=d0"]
+SETS = {
+    "plain": [],
+    "virtio": [*VIRTIO, *DISK, "-device", "virtio-blk-pci,drive=d0"],
+    "scsi": [*DISK, "-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=d0"],
+    "usb": ["-device", "qemu-xhci", "-device", "usb-tablet", "-device", "e1000,netdev=u0", "-netdev", "user,id=u0"],
+}
+TAKEN = [("7.2", "10.0"), ("7.2", "11.1.a")]
+REFUSED = ("10.0", "11.1.a")
+needs_tap = pytest.mark.skipif(tap.why_not() is not None, reason=f"tap: {tap.why_not()}")
+
+
+def full(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def born(lab: Lab, key: str, devices: str = "plain", **how: Any) -> Subject:
+    """A counting guest with a set of devices."""
+    it = build(key)
+    disk = lab.directory / "scratch.disk"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    words = [word.format(disk=disk) for word in SETS[devices]]
+    guest = lab.counting(it, *words, backend=backend(it, lab), **how)
+    return Subject(lab, guest, it, images=(lab.directory / "guest.disk", disk))
+
+
+def ask(key: str) -> Target:
+    return features.ask(str(build(key).binary))
+
+
+@contextlib.contextmanager
+def unharmed(lab: Lab, guest: Guest[CountingLog]) -> Iterator[None]:
+    """Assert that what happens inside leaves the guest as it was, counting, and nothing behind."""
+    before = settings(guest)
+    yield
+    assert rehearsing(lab) == []
+    assert qemus_of(lab) == [guest.pid]
+    assert settings(guest) == before
+    if before["status"] == "running":
+        guest.log.wait_ticks(5)
+        walk(guest)
+
+
+def settings(guest: Guest[Any]) -> dict[str, Any]:
+    with monitor(guest) as session:
+        parameters = session.execute("query-migrate-parameters")
+        return {
+            "status": session.execute("query-status")["status"],
+            "capabilities": session.execute("query-migrate-capabilities"),
+            "parameters": {n: parameters[n] for n in ("max-bandwidth", "downtime-limit")},
+            "fdsets": session.execute("query-fdsets"),
+        }
+
+
+def paused_for(result: Rehearsed) -> float:
+    """Seconds; it was measured and told."""
+    assert result.pause is not None, result
+    assert any("paused it for" in note for note in result.outcome.notes), result
+    return result.pause
+
+
+# -- the verdict
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("pair", "devices"),
+    [
+        *((pair, "virtio") for pair in [*TAKEN, REFUSED]),
+        *(full(pair, devices) for pair in [*TAKEN, REFUSED] for devices in SETS if devices != "virtio"),
+        *(full(pair, "virtio") for pair in [("10.0", "10.0"), ("11.1.a", "11.1.b"), ("11.1.a", "7.2")]),
+    ],
+)
+def test_the_verdict_is_that_of_a_real_load(lab: Lab, pair: tuple[str, str], devices: str) -> None:
+    subject = born(lab, pair[0], devices)
+    load = subject.real_load(build(pair[1]))
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask(pair[1]), lab.directory)
+    assert result.accepted == load.taken, (result, load)
+    assert result.settled
+    assert not result.new
+    assert result.outcome.runstate == "running"
+    if not load.taken:
+        assert result.outcome.status in (Status.ROLLED_BACK, Status.FAILED)
+        assert any(line in result.outcome.error for line in load.lines), (result, load)
+
+
+def test_a_state_that_is_refused_is_told_in_qemus_words(lab: Lab) -> None:
+    """Debian's 11.1 does not take the queues of a virtio device that was born on its 10.0."""
+    subject = born(lab, "10.0", "virtio")
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("11.1.a"), lab.directory)
+    assert not result.accepted
+    assert "the new QEMU would not take the guest's state" in result.outcome.error
+    assert "VQ 0" in result.outcome.error
+    assert "load of migration failed" in result.outcome.error
+    assert (result.outcome.status, result.outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK)
+    assert paused_for(result) < 2
+
+
+@pytest.mark.parametrize("old", ["7.2", full("10.0"), full("11.1.a")])
+def test_a_rehearsal_leaves_nothing_and_may_be_repeated(lab: Lab, old: str) -> None:
+    subject = born(lab, old)
+    for _ in range(2):
+        with unharmed(lab, subject.guest):
+            result = rehearse(subject.pid, ask(old), lab.directory)
+        assert result.accepted, result
+        assert 0 < paused_for(result) < 2
+
+
+@needs_tap
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("pair", "options"), [(("7.2", "11.1.a"), ""), full(("7.2", "10.0"), ",mq=on"), full(("10.0", "11.1.a"), "")]
+)
+def test_a_linux_guest_that_uses_its_virtio_devices(lab: Lab, pair: tuple[str, str], options: str) -> None:
+    """Rings in motion, offloads negotiated: the verdict is still a real load's, and its connection holds."""
+    old = build(pair[0])
+    image = lab.directory / "disk.qcow2"
+    subprocess.run([qemu.qemu_img(), "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+    with tap.Tap() as network:
+        guest = lab.linux(
+            old,
+            *("-drive", f"file={image},format=qcow2,if=virtio,cache=none", *network.arguments(options)),
+            backend=backend(old, lab),
+            words=["cpr.busy", network.guest_word],
+        )
+        guest.log.wait(lambda: guest.log.disk_ok >= 0, 60, "the guest does not work")
+        subject = Subject(lab, guest, old, images=(image,), network=network)
+        load = subject.real_load(build(pair[1]))
+        with tap.Stream(network.guest) as stream:
+            stream.wait_arrivals()
+            result = rehearse(subject.pid, ask(pair[1]), lab.directory)
+            goes_on(guest)
+            stream.wait_arrivals(20)
+        assert stream.sound, stream.error
+        assert result.accepted == load.taken, (result, load)
+        assert os.listdir("/sys/class/net").count("rehearsal") == 0
+    assert rehearsing(lab) == []
+
+
+# -- the guest's RAM
+
+
+@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
+def test_what_a_rehearsing_qemu_writes_stays_with_it(lab: Lab, key: str) -> None:
+    """A loader writes into RAM at every start. Over shared RAM that is the guest's; over a private mapping not."""
+    words = loader_words(lab)
+    with Lab() as other:
+        changed = changed_by_a_second_start(other, build(key), words)
+    assert [page.partition(" at ")[2] for page in changed] == [f"{LOADED_AT // PAGE * PAGE:#x}"]
+    guest = lab.counting(build(key), *words, backend=backend(build(key), lab))
+    guest.log.wait_rounds(1)
+    with monitor(guest) as session, ram_of(guest.process) as ram:
+        session.execute("stop")
+        session.close()
+        before = digests(ram)
+        result = rehearse(guest.pid, ask(key), lab.directory)
+        assert result.accepted, result
+        assert differing(before, digests(ram)) == []
+
+
+def test_no_rehearsing_qemu_shares_the_guests_ram(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen while both have it mapped; and a rehearsal that would is refused, for the test can fail."""
+    subject = born(lab, "7.2")
+    seen: list[set[str]] = []
+    incoming = dress._incoming
+
+    def look(it: Started) -> Any:
+        inodes = {ram.inode for ram in run.plan.guest.ram}
+        seen.append({m.perms[3] for m in proc.read_maps(it.process.pid) if m.inode in inodes})
+        return incoming(it)
+
+    run: Run
+
+    def watch(it: Run) -> None:
+        nonlocal run
+        run = it
+
+    monkeypatch.setattr(dress, "_incoming", look)
+    with unharmed(lab, subject.guest):
+        assert rehearse(subject.pid, ask("10.0"), lab.directory, watch=watch).accepted
+    assert seen == [{"p"}, {"p"}]
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_ram_in_huge_pages_takes_no_page_of_the_pool(lab: Lab) -> None:
+    """There is room for one guest and not a page more."""
+    it = build("7.2")
+    guest = lab.counting(it, memory="128M", backend="memory-backend-memfd,share=on,hugetlb=on")
+    with unharmed(lab, guest):
+        result = rehearse(guest.pid, ask("10.0"), lab.directory)
+        assert result.accepted, result
+
+
+# -- the way back
+
+
+def own_copy(lab: Lab, key: str) -> QemuBuild:
+    """A build that can be taken apart: its firmware and modules lie beside the binary."""
+    of = build(key)
+    directory = lab.directory / "old"
+    shutil.copytree(of.binary.parent, directory)
+    return dataclasses.replace(of, binary=directory / of.binary.name)
+
+
+def grown(lab: Lab, of: QemuBuild) -> Guest[CountingLog]:
+    return lab.counting(of, backend=backend(of, lab))
+
+
+def test_a_deleted_binary_is_no_hindrance(lab: Lab) -> None:
+    of = own_copy(lab, "7.2")
+    guest = grown(lab, of)
+    of.binary.unlink()
+    with unharmed(lab, guest):
+        assert rehearse(guest.pid, ask("10.0"), lab.directory).accepted
+
+
+@pytest.mark.parametrize("lost", ["firmware", "modules"])
+def test_the_way_back_is_barred_where_the_old_qemu_does_not_start(lab: Lab, lost: str) -> None:
+    of = own_copy(lab, "7.2")
+    guest = grown(lab, of)
+    bundle = of.binary.parent / "qemu-bundle"
+    for found in list(bundle.rglob("accel-tcg-*.so" if lost == "modules" else "bios-256k.bin")):
+        found.unlink()
+    with unharmed(lab, guest):
+        result = rehearse(guest.pid, ask("10.0"), lab.directory)
+    assert not result.accepted
+    assert "the old QEMU does not start any more" in result.outcome.error
+    assert ("bios" if lost == "firmware" else "tcg") in result.outcome.error
+    assert result.outcome.hint == dress.BARRED
+    assert result.pause is None, "it need not have been paused"
+
+
+@pytest.mark.parametrize("key", ["7.2", full("11.1.a")])
+def test_the_way_back_is_barred_where_the_old_qemu_would_not_load(
+    lab: Lab, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lacks a device today, as it would without the module that has it."""
+    subject = born(lab, key, "virtio")
+    old_qemu = state_rehearsal.old_qemu
+
+    def lacking(guest: Any, *of: Any, **how: Any) -> Any:
+        at = guest.argv.index("virtio-rng-pci")
+        return old_qemu(dataclasses.replace(guest, argv=guest.argv[: at - 1] + guest.argv[at + 1 :]), *of, **how)
+
+    monkeypatch.setattr(dress, "old_qemu", lacking)
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask(key), lab.directory)
+    assert "the old QEMU, started anew, would not take the guest's state back" in result.outcome.error, result
+    assert "virtio-rng" in result.outcome.error
+    assert result.outcome.hint == dress.BARRED
+
+
+# -- a guest that is paused
+
+
+@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
+def test_a_paused_guest_is_not_touched(lab: Lab, key: str) -> None:
+    subject = born(lab, key, "virtio")
+    with monitor(subject.guest) as session:
+        session.execute("stop")
+        before = session.execute("query-migrate")
+    with unharmed(lab, subject.guest), ram_of(subject.guest.process) as ram:
+        was = digests(ram)
+        result = rehearse(subject.pid, ask(key), lab.directory)
+        assert differing(was, digests(ram)) == []
+    assert result.accepted, result
+    assert (result.outcome.runstate, result.pause) == ("paused", None)
+    with monitor(subject.guest) as session:
+        assert session.execute("query-migrate") == before
+        session.execute("cont")
+        assert session.execute("query-status")["status"] == "running"
+    walk(subject.guest)
+
+
+def test_a_paused_guest_is_refused_like_one_that_runs(lab: Lab) -> None:
+    subject = born(lab, "10.0", "virtio")
+    with monitor(subject.guest) as session:
+        session.execute("stop")
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("11.1.a"), lab.directory)
+    assert "VQ 0" in result.outcome.error, result
+    with monitor(subject.guest) as session:
+        session.execute("cont")
+    walk(subject.guest)
+
+
+# -- what stays out of it
+
+
+def test_what_cannot_be_rehearsed_is_named(lab: Lab) -> None:
+    it = build("10.0")
+    more = f"{backend(it, lab, 'more')},id=more,size=128M"
+    guest = lab.counting(
+        it,
+        *("-object", more, "-device", "virtio-mem-pci,id=vm0,memdev=more,requested-size=0"),
+        *("-m", "128M,slots=2,maxmem=1G"),
+        backend=backend(it, lab),
+    )
+    with unharmed(lab, guest):
+        result = rehearse(guest.pid, ask("10.0"), lab.directory)
+    assert result.accepted, result
+    assert any("virtio-mem" in note and "not rehearsed" in note for note in result.outcome.notes), result
+    assert result.pause is None
+
+
+# -- interrupted
+
+
+def stuck(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rehearsing QEMUs never answer once they have been told to load; their pids."""
+    pids: list[int] = []
+    incoming = dress._incoming
+
+    def hang(it: Started) -> Any:
+        sock = incoming(it)
+        it.process.signal(signal.SIGSTOP)
+        pids.append(it.process.pid)
+        return sock
+
+    monkeypatch.setattr(dress, "_incoming", hang)
+    return pids
+
+
+@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
+def test_an_interrupt_while_the_guest_stands_still(lab: Lab, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = born(lab, key)
+    pids = stuck(monkeypatch)
+    interrupters: list[threading.Thread] = []
+
+    def watch(run: Run) -> None:
+        def interrupt() -> None:
+            until(lambda: run.blackout_began is not None)
+            run.interrupt(Exit.INTERRUPTED)
+
+        interrupters.append(threading.Thread(target=interrupt))
+        interrupters[0].start()
+
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask(key), lab.directory, watch=watch)
+        interrupters[0].join()
+    assert len(pids) == 2
+    assert (result.outcome.exit_code, result.outcome.status) == (Exit.INTERRUPTED, Status.ROLLED_BACK), result
+    assert result.settled
+
+
+def test_a_load_that_hangs_ends_at_the_longest_downtime(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = born(lab, "7.2")
+    stuck(monkeypatch)
+    bounds = Bounds(max_downtime=0.5)
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("10.0"), lab.directory, bounds=bounds)
+    assert "not done within 0.5 s" in result.outcome.error, result
+    assert result.outcome.status is Status.ROLLED_BACK
+    assert subject.guest.log.largest_gap() < 3
+
+
+def test_a_rehearsing_qemu_that_dies_is_a_refusal(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = born(lab, "7.2")
+    incoming = dress._incoming
+
+    def die(it: Started) -> Any:
+        sock = incoming(it)
+        it.process.kill()
+        return sock
+
+    monkeypatch.setattr(dress, "_incoming", die)
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("10.0"), lab.directory)
+    assert "would not take the guest's state" in result.outcome.error, result
+
+
+# -- killed
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
+def test_the_guest_goes_on_when_the_keeper_is_killed_while_it_stands_still(lab: Lab, cpr: Command, key: str) -> None:
+    """With nobody calling anything; `cpr recover` then puts the settings back."""
+    victim = Rehearsing.start(lab, key, "11.1.a", everything=False)
+    before = victim.before()
+    long = dataclasses.replace(QUICK, max_downtime=60.0, timeout=60.0)
+    with Stage(lab.directory / "stage") as stage:
+        with victim.command(stage, Fault(at="sent:migrate:old", do="wait"), bounds=long) as command:
+            announced = stage.wait()
+            pids = rehearsing(lab)
+            assert len(pids) == 2
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            announced.go()
+            until(victim.stands_still)
+            killed(command)
+            victim.kill(announced.keeper)
+            victim.guest.log.wait_ticks(5)
+            until(lambda: rehearsing(lab) == [])
+    with victim.session() as session:
+        assert session.execute("query-status")["status"] == "running"
+    result = cpr("recover", "--json")
+    assert (result.code, result.guest["status"]) == (Exit.ROLLED_BACK, "rolled_back"), str(result)
+    victim.as_before(before, pause=60)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        *("step:1:doing", "step:1:done", "sent:migrate-set-capabilities:old", "sent:getfd:old"),
+        *("sent:migrate-incoming:old", "sent:migrate:old", "sent:query-migrate:old", "launching"),
+    ],
+)
+def test_a_keeper_that_dies_at_any_moment(lab: Lab, cpr: Command, moment: str) -> None:
+    victim = Rehearsing.start(lab, "7.2", "11.1.a", everything=False)
+    before = victim.before()
+    with Stage(lab.directory / "stage") as stage:
+        with victim.command(stage, Fault(at=moment, do="kill_keeper")) as command:
+            stage.wait()
+            killed(command)
+    victim.guest.log.wait_ticks(5)
+    assert cpr("recover", "--json").code == Exit.ROLLED_BACK
+    until(lambda: rehearsing(lab) == [])
+    victim.as_before(before, pause=60)
