@@ -102,7 +102,7 @@ class RehearseState(Step):
 
     def _start(self, run: Run, held: contextlib.ExitStack, *, state: bool) -> list[_Party]:
         assert run.old is not None
-        parties = []
+        parties: list[_Party] = []
         for back in (False, True):
             run.check(self.describe())
             seconds = max(0.1, min(REHEARSAL_SECONDS, run.remaining()))
@@ -119,6 +119,8 @@ class RehearseState(Step):
                     raise NewQemuDied(self.describe(), "does not start", str(error)) from None
                 reason = f'the old QEMU does not start any more: "{error}"'
                 raise StepFailed(self.describe(), reason, hint=BARRED) from None
+            known = [[p.qemu.process.pid, p.qemu.process.start_time] for p in parties]
+            run.journal.fact("rehearsing", processes=[*known, [it.process.pid, it.process.start_time]])
             # a stream without RAM is refused by who expects to leave some out (QEMU 8.1, "capabilities")
             migration.prepare(it.monitor, migration.SWITCHED_ON if self.guest.running else ("events",))
             parties.append(_Party(it, back, it.monitor.event_count))

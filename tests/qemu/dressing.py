@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cpr import discover, journal, survey
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from cpr.model import Guest, Outcome, Target
+    from cpr.model import Guest, MonitorAddress, Outcome, Target
 
 ENOUGH = "so far so good"
 
@@ -60,9 +60,11 @@ def rehearse(
     *,
     bounds: Bounds | None = None,
     watch: Callable[[Run], object] = lambda _: None,
+    address: MonitorAddress | None = None,
 ) -> Rehearsed:
-    """Rehearse in this process. `watch` gets the run before it begins."""
-    plan = plan_of(survey.survey(discover.find(str(pid))), target)
+    """Rehearse in this process. `watch` gets the run before it begins; `address` is the monitor to use."""
+    facts = survey.survey(discover.find(str(pid)))
+    plan = plan_of(replace(facts, monitor=address) if address is not None else facts, target)
     it = journal.Journal(plan, journal.new_run_id(), directory=str(directory / "run"))
     run = Run(plan=plan, journal=it, report=lambda _: None, bounds=bounds or Bounds())
     watch(run)

@@ -16,8 +16,9 @@ import pytest
 from cpr.engines import dress
 from cpr.errors import Exit
 from cpr.linux import proc
-from cpr.model import Status
+from cpr.model import MonitorAddress, Status
 from cpr.qemu import features, state_rehearsal
+from cpr.qemu.cmdline import rehearsal
 from cpr.run import Bounds
 from tests.lab import qemu, tap
 from tests.lab.start import Lab
@@ -26,6 +27,7 @@ from tests.qemu.dressing import Rehearsing, rehearse
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.subject import QUICK, killed
 from tests.qemu.moving import Subject, backend, goes_on, monitor, walk
+from tests.qemu.parties import free_port
 from tests.qemu.surveying import until
 from tests.qemu.test_rehearsal import rehearsing
 from tests.qemu.test_truth import LOADED_AT, PAGE, changed_by_a_second_start, differing, digests, loader_words, ram_of
@@ -210,7 +212,7 @@ def test_what_a_rehearsing_qemu_writes_stays_with_it(lab: Lab, key: str) -> None
 
 
 def test_no_rehearsing_qemu_shares_the_guests_ram(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen while both have it mapped; and a rehearsal that would is refused, for the test can fail."""
+    """Seen while both have it mapped."""
     subject = born(lab, "7.2")
     seen: list[set[str]] = []
     incoming = dress._incoming
@@ -230,6 +232,16 @@ def test_no_rehearsing_qemu_shares_the_guests_ram(lab: Lab, monkeypatch: pytest.
     with unharmed(lab, subject.guest):
         assert rehearse(subject.pid, ask("10.0"), lab.directory, watch=watch).accepted
     assert seen == [{"p"}, {"p"}]
+
+
+def test_one_that_would_share_it_is_given_no_state(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = born(lab, "7.2")
+    with_fd = rehearsal.with_memory_backend_fd
+    monkeypatch.setattr(rehearsal, "with_memory_backend_fd", lambda *of, **_: with_fd(*of))
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("10.0"), lab.directory)
+    assert "does not map the guest's RAM ram0 copy-on-write" in result.outcome.error, result
+    assert result.pause is None
 
 
 @pytest.mark.usefixtures("huge_pages")
@@ -352,6 +364,23 @@ def test_what_cannot_be_rehearsed_is_named(lab: Lab) -> None:
     assert result.accepted, result
     assert any("virtio-mem" in note and "not rehearsed" in note for note in result.outcome.notes), result
     assert result.pause is None
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "paused"])
+def test_a_monitor_that_descriptors_do_not_pass(lab: Lab, running: bool) -> None:
+    """Over TCP the state goes over a port of ours; a paused guest has no way to give it, and that is told."""
+    it, port = build("7.2"), free_port()
+    words = ("-chardev", f"socket,id=far,host=127.0.0.1,port={port},server=on,wait=off", "-mon", "far,mode=control")
+    guest = lab.counting(it, *words, backend=backend(it, lab))
+    if not running:
+        with monitor(guest) as session:
+            session.execute("stop")
+    address = MonitorAddress(label="far", host="127.0.0.1", port=port)
+    with unharmed(lab, guest):
+        result = rehearse(guest.pid, ask("10.0"), lab.directory, address=address)
+    assert result.accepted, result
+    assert (result.pause is not None) == running
+    assert any("TCP" in note for note in result.outcome.notes) != running
 
 
 # -- interrupted
