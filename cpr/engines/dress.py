@@ -6,7 +6,7 @@ For engines whose switch burns the bridge: what a load would say is known before
 
 The guest's QEMU is told that its migration failed, whatever the verdicts: then it takes its images back and goes on by
 itself. So it does when we die, for the kernel hangs up in our place. A paused guest is asked for the state of its
-devices without a migration, and is not touched at all.
+devices without a migration, and is not touched at all; that state leaves out names and sizes of RAM and ROMs.
 
 Out of scope: starting them (qemu/state_rehearsal.py), the way of the state (qemu/state_stream.py).
 """

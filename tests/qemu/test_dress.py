@@ -18,7 +18,7 @@ from cpr.errors import Exit
 from cpr.linux import proc
 from cpr.model import MonitorAddress, Status
 from cpr.qemu import features, state_rehearsal
-from cpr.qemu.cmdline import rehearsal
+from cpr.qemu.cmdline import with_memory_backend_fd
 from cpr.run import Bounds
 from tests.lab import qemu, tap
 from tests.lab.start import Lab
@@ -236,8 +236,8 @@ def test_no_rehearsing_qemu_shares_the_guests_ram(lab: Lab, monkeypatch: pytest.
 
 def test_one_that_would_share_it_is_given_no_state(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = born(lab, "7.2")
-    with_fd = rehearsal.with_memory_backend_fd
-    monkeypatch.setattr(rehearsal, "with_memory_backend_fd", lambda *of, **_: with_fd(*of))
+    shared = "cpr.qemu.cmdline.rehearsal.with_memory_backend_fd"
+    monkeypatch.setattr(shared, lambda *of, **_: with_memory_backend_fd(*of))
     with unharmed(lab, subject.guest):
         result = rehearse(subject.pid, ask("10.0"), lab.directory)
     assert "does not map the guest's RAM ram0 copy-on-write" in result.outcome.error, result
