@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,25 +14,18 @@ from cpr.engines import dress
 from cpr.errors import Exit
 from cpr.linux import proc
 from cpr.model import MonitorAddress, Status
-from cpr.qemu import features, state_rehearsal
+from cpr.qemu import state_rehearsal
 from cpr.qemu.cmdline import with_memory_backend_fd
-from cpr.run import Bounds
 from tests.lab import qemu, tap
 from tests.lab.start import Lab
-from tests.qemu.conftest import Command, build, qemus_of
-from tests.qemu.dressing import Rehearsing, rehearse
-from tests.qemu.faults.fault import Fault, Stage
-from tests.qemu.faults.subject import QUICK, killed
+from tests.qemu.conftest import build
+from tests.qemu.dressing import SETS, ask, born, full, rehearse, unharmed
 from tests.qemu.moving import Subject, backend, goes_on, monitor, walk
 from tests.qemu.parties import free_port
-from tests.qemu.surveying import until
 from tests.qemu.test_rehearsal import rehearsing
 from tests.qemu.test_truth import LOADED_AT, PAGE, changed_by_a_second_start, differing, digests, loader_words, ram_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from cpr.model import Target
     from cpr.qemu.rehearsal import Started
     from cpr.run import Run
     from tests.lab.counting import CountingLog
@@ -43,64 +33,9 @@ if TYPE_CHECKING:
     from tests.lab.start import Guest
     from tests.qemu.dressing import Rehearsed
 
-VIRTIO = [
-    *("-device", "virtio-balloon-pci", "-device", "virtio-rng-pci", "-vga", "std"),
-    *("-device", "virtio-serial-pci", "-chardev", "null,id=vc", "-device", "virtconsole,chardev=vc"),
-    *("-netdev", "user,id=u0", "-device", "virtio-net-pci,netdev=u0,romfile="),
-]
-DISK = ["-drive", "file={disk},format=raw,if=none,id=d0"]
-SETS = {
-    "plain": [],
-    "virtio": [*VIRTIO, *DISK, "-device", "virtio-blk-pci,drive=d0"],
-    "scsi": [*DISK, "-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=d0"],
-    "usb": ["-device", "qemu-xhci", "-device", "usb-tablet", "-device", "e1000,netdev=u0", "-netdev", "user,id=u0"],
-}
 TAKEN = [("7.2", "10.0"), ("7.2", "11.1.a")]
 REFUSED = ("10.0", "11.1.a")
 needs_tap = pytest.mark.skipif(tap.why_not() is not None, reason=f"tap: {tap.why_not()}")
-
-
-def full(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.full)
-
-
-def born(lab: Lab, key: str, devices: str = "plain", **how: Any) -> Subject:
-    """A counting guest with a set of devices."""
-    it = build(key)
-    disk = lab.directory / "scratch.disk"
-    with disk.open("wb") as file:
-        file.truncate(64 << 20)
-    words = [word.format(disk=disk) for word in SETS[devices]]
-    guest = lab.counting(it, *words, backend=backend(it, lab), **how)
-    return Subject(lab, guest, it, images=(lab.directory / "guest.disk", disk))
-
-
-def ask(key: str) -> Target:
-    return features.ask(str(build(key).binary))
-
-
-@contextlib.contextmanager
-def unharmed(lab: Lab, guest: Guest[CountingLog]) -> Iterator[None]:
-    """Assert that what happens inside leaves the guest as it was, counting, and nothing behind."""
-    before = settings(guest)
-    yield
-    assert rehearsing(lab) == []
-    assert qemus_of(lab) == [guest.pid]
-    assert settings(guest) == before
-    if before["status"] == "running":
-        guest.log.wait_ticks(5)
-        walk(guest)
-
-
-def settings(guest: Guest[Any]) -> dict[str, Any]:
-    with monitor(guest) as session:
-        parameters = session.execute("query-migrate-parameters")
-        return {
-            "status": session.execute("query-status")["status"],
-            "capabilities": session.execute("query-migrate-capabilities"),
-            "parameters": {n: parameters[n] for n in ("max-bandwidth", "downtime-limit")},
-            "fdsets": session.execute("query-fdsets"),
-        }
 
 
 def paused_for(result: Rehearsed) -> float:
@@ -383,121 +318,3 @@ def test_a_monitor_that_descriptors_do_not_pass(lab: Lab, running: bool) -> None
     assert result.accepted, result
     assert (result.pause is not None) == running
     assert any("TCP" in note for note in result.outcome.notes) != running
-
-
-# -- interrupted
-
-
-def stuck(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rehearsing QEMUs never answer once they have been told to load; their pids."""
-    pids: list[int] = []
-    incoming = dress._incoming
-
-    def hang(it: Started) -> Any:
-        sock = incoming(it)
-        it.process.signal(signal.SIGSTOP)
-        pids.append(it.process.pid)
-        return sock
-
-    monkeypatch.setattr(dress, "_incoming", hang)
-    return pids
-
-
-@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
-def test_an_interrupt_while_the_guest_stands_still(lab: Lab, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = born(lab, key)
-    pids = stuck(monkeypatch)
-    interrupters: list[threading.Thread] = []
-
-    def watch(run: Run) -> None:
-        def interrupt() -> None:
-            until(lambda: run.blackout_began is not None)
-            run.interrupt(Exit.INTERRUPTED)
-
-        interrupters.append(threading.Thread(target=interrupt))
-        interrupters[0].start()
-
-    with unharmed(lab, subject.guest):
-        result = rehearse(subject.pid, ask(key), lab.directory, watch=watch)
-        interrupters[0].join()
-    assert len(pids) == 2
-    assert (result.outcome.exit_code, result.outcome.status) == (Exit.INTERRUPTED, Status.ROLLED_BACK), result
-    assert result.settled
-
-
-def test_a_load_that_hangs_ends_at_the_longest_downtime(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = born(lab, "7.2")
-    stuck(monkeypatch)
-    bounds = Bounds(max_downtime=0.5)
-    with unharmed(lab, subject.guest):
-        result = rehearse(subject.pid, ask("10.0"), lab.directory, bounds=bounds)
-    assert "not done within 0.5 s" in result.outcome.error, result
-    assert result.outcome.status is Status.ROLLED_BACK
-    assert subject.guest.log.largest_gap() < 3
-
-
-def test_a_rehearsing_qemu_that_dies_is_a_refusal(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = born(lab, "7.2")
-    incoming = dress._incoming
-
-    def die(it: Started) -> Any:
-        sock = incoming(it)
-        it.process.kill()
-        return sock
-
-    monkeypatch.setattr(dress, "_incoming", die)
-    with unharmed(lab, subject.guest):
-        result = rehearse(subject.pid, ask("10.0"), lab.directory)
-    assert "would not take the guest's state" in result.outcome.error, result
-
-
-# -- killed
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("key", ["7.2", full("10.0"), full("11.1.a")])
-def test_the_guest_goes_on_when_the_keeper_is_killed_while_it_stands_still(lab: Lab, cpr: Command, key: str) -> None:
-    """With nobody calling anything; `cpr recover` then puts the settings back."""
-    victim = Rehearsing.start(lab, key, "11.1.a", everything=False)
-    before = victim.before()
-    long = dataclasses.replace(QUICK, max_downtime=60.0, timeout=60.0)
-    with Stage(lab.directory / "stage") as stage:
-        with victim.command(stage, Fault(at="sent:migrate:old", do="wait"), bounds=long) as command:
-            announced = stage.wait()
-            pids = rehearsing(lab)
-            assert len(pids) == 2
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            announced.go()
-            until(victim.stands_still)
-            killed(command)
-            victim.kill(announced.keeper)
-            victim.guest.log.wait_ticks(5)
-            until(lambda: rehearsing(lab) == [])
-    with victim.session() as session:
-        assert session.execute("query-status")["status"] == "running"
-    result = cpr("recover", "--json")
-    assert (result.code, result.guest["status"]) == (Exit.ROLLED_BACK, "rolled_back"), str(result)
-    victim.as_before(before, pause=60)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "moment",
-    [
-        *("step:1:doing", "step:1:done", "sent:migrate-set-capabilities:old", "sent:getfd:old"),
-        *("sent:migrate-incoming:old", "sent:migrate:old", "sent:query-migrate:old", "launching"),
-    ],
-)
-def test_a_keeper_that_dies_at_any_moment(lab: Lab, cpr: Command, moment: str) -> None:
-    victim = Rehearsing.start(lab, "7.2", "11.1.a", everything=False)
-    before = victim.before()
-    with Stage(lab.directory / "stage") as stage:
-        with victim.command(stage, Fault(at=moment, do="kill_keeper")) as command:
-            stage.wait()
-            killed(command)
-    victim.guest.log.wait_ticks(5)
-    assert cpr("recover", "--json").code == Exit.ROLLED_BACK
-    until(lambda: rehearsing(lab) == [])
-    victim.as_before(before, pause=60)
