@@ -5,6 +5,7 @@ user's choice; standard output belongs to results. Events are dicts, the same in
 
     {"event": "step", "step": "StartNew", "text": "...", "state": "doing|done|undoing|undone|failed", "commit": false}
     {"event": "blackout", "seconds": 0.0041}
+    {"event": "rehearsal", "seconds": 0.0118}
     {"event": "outcome", "status": "updated", ...}
 """
 
@@ -130,6 +131,8 @@ def sentence(event: Mapping[str, Any], *, live: bool = False) -> str:
             return _step(event, live)
         case "blackout":
             return f"the vCPUs stood still for {milliseconds(float(event.get('seconds', 0)))}"
+        case "rehearsal":
+            return f"the vCPUs stood still for the rehearsal for {milliseconds(float(event.get('seconds', 0)))}"
         case "outcome":  # elsewhere it is the command's result, on standard output
             return f"{event.get('status')}".replace("_", " ") if live else ""
         case "note":

@@ -142,13 +142,14 @@ def _trusted(record: Record) -> bool:
         return True
     if os.geteuid() != 0:
         return False
-    touched = [process for process in (_old(record), _new(record), *_marked(record)) if process is not None]
+    known = (_old(record), _new(record), *_rehearsing(record), *_marked(record))
+    touched = [process for process in known if process is not None]
     return all(proc.read_status(process.pid).uids[0] == owner for process in touched)
 
 
 def _back(record: Record) -> Outcome:
     """Before the commit: whatever the run has started dies, the old QEMU goes on."""
-    for process in filter(None, [_new(record), *_marked(record)]):
+    for process in filter(None, [_new(record), *_rehearsing(record), *_marked(record)]):
         if process.pid == record.pid:
             continue
         process.kill()
@@ -279,6 +280,12 @@ def _new(record: Record) -> Process | None:
     """The new QEMU, as the journal names it."""
     fact = record.facts.get("new")
     return _alive(int(fact["pid"]), int(fact["start_time"])) if fact is not None else None
+
+
+def _rehearsing(record: Record) -> list[Process]:
+    """QEMUs that were loading the guest's state for practice; they end with their keeper, where that is possible."""
+    named = record.facts.get("rehearsing", {}).get("processes", ())
+    return [process for pid, start in named if (process := _alive(int(pid), int(start))) is not None]
 
 
 def _alive(pid: int, start_time: int) -> Process | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.engines import after, arrive, execute, fit, inplace, prepare, switch
+from cpr.engines import after, arrive, dress, execute, fit, inplace, prepare, switch
 from cpr.engines.handover import unknown_numbers, vnc_listeners
 from cpr.engines.successor import successor
 from cpr.model import Finding, Severity, Target
@@ -47,6 +47,7 @@ class Reexec:
             prepare.OpenMonitor(guest=guest),
             prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
             prepare.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
+            dress.RehearseState(guest=guest, target=target),
             inplace.PrepareExec(guest=guest, successor=new),
             switch.CompareChains(guest=guest, new=False),
             inplace.SaveState(guest=guest, blackout=True),

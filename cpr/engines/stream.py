@@ -57,12 +57,12 @@ def begin(run: Run) -> None:
         run.monitor.execute("migrate", uri=f"fd:{NAME}")
         return
     run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-    with _from_old(run, listener) as connection:
+    with connection_of_old(run, listener) as connection:
         run.successor.send_fd(NAME, connection.fileno())
     run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
 
 
-def _from_old(run: Run, listener: socket.socket) -> socket.socket:
+def connection_of_old(run: Run, listener: socket.socket) -> socket.socket:
     """The connection that the old QEMU makes; others, anybody's on this host, are hung up on."""
     assert run.old is not None
     deadline = time.monotonic() + ACCEPT_SECONDS

@@ -9,16 +9,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import os
 import socket
 import struct
+import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from cpr.linux.syscalls import IFF_MULTI_QUEUE, IFF_VNET_HDR, tun_interface
+from cpr.linux.fds import Fd
+from cpr.linux.syscalls import (
+    CLONE_NEWNET,
+    IFF_MULTI_QUEUE,
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_VNET_HDR,
+    tun_interface,
+    unshare,
+)
 
-if TYPE_CHECKING:
-    from cpr.linux.fds import Fd
-
+TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNGETVNETHDRSZ = 0x800454D7
 TUNSETVNETHDRSZ = 0x400454D8
@@ -91,6 +99,37 @@ def read_queue(fd: Fd) -> Queue:
         header=header_size(fd) if flags & IFF_VNET_HDR else 0,
         offloads=offloads(name),
     )
+
+
+def throw_away_queues(flags: int, count: int) -> list[Fd]:
+    """Queues of a new tap in a network namespace of its own; both go with the last descriptor of it.
+
+    `flags`: IFF_ bits as TUNGETIFF tells them of another queue; those that change what a guest can use are taken over.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_ADMIN.
+    """
+    wanted = IFF_TAP | IFF_NO_PI | flags & (IFF_VNET_HDR | IFF_MULTI_QUEUE)
+    queues: list[Fd] = []
+    failed: list[OSError] = []
+
+    def make() -> None:
+        try:
+            unshare(CLONE_NEWNET)  # of this thread alone, which ends at once
+            for _ in range(count):
+                queues.append(Fd(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)))
+                fcntl.ioctl(queues[-1].number, TUNSETIFF, struct.pack("16sH22x", b"rehearsal", wanted))
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if failed:
+        for fd in queues:
+            fd.close()
+        raise failed[0]
+    return queues
 
 
 def mend_queue(fd: Fd, wanted: Queue) -> bool:

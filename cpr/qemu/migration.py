@@ -28,10 +28,10 @@ ONE_WAY = ("x-ignore-shared", "events")
 """For a state that is kept, and loaded from there: nobody answers its source."""
 
 
-def prepare(monitor: Monitor, on: Collection[str] = SWITCHED_ON) -> None:
-    """Switch on what is needed and everything else off (multifd, xbzrle, ... of an earlier migration)."""
+def prepare(monitor: Monitor, names: Collection[str] = SWITCHED_ON) -> None:
+    """Switch on what is needed (`names`) and everything else off (multifd, xbzrle, ... of an earlier migration)."""
     known = {c["capability"]: c["state"] for c in monitor.execute("query-migrate-capabilities")}
-    wanted = {name: name in on for name, state in known.items() if state or name in on}
+    wanted = {name: name in names for name, state in known.items() if state or name in names}
     _set(monitor, {n: s for n, s in wanted.items() if known[n] != s})
     monitor.execute_arguments("migrate-set-parameters", dict(STREAM))
 

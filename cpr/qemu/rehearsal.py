@@ -14,10 +14,10 @@ import re
 import socket
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.errors import CprError, MonitorHeld
+from cpr.errors import CprError, MonitorError, MonitorHeld
 from cpr.linux import likeness, proc
 from cpr.linux.fds import Fd, descriptor_table, take_fd
 from cpr.linux.process import Process
@@ -32,7 +32,7 @@ from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cpr.model import Guest, Target
     from cpr.qemu.qmp import Monitor
@@ -47,8 +47,22 @@ PLANTED = re.compile(r"CPR_(FD_|RUN|PIDFILE$|QEMU_OPTIONS$)|QEMU_((FD|BOOL|CPR|A
 """Variables that some QEMU or an update would act on."""
 
 
-class _Refused(Exception):
+class NotStarted(Exception):
     """It did not come up; the message is the reason, in QEMU's words where it said any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A rehearsing QEMU that waits for a state, and the private monitor it is driven by."""
+
+    process: Process
+    monitor: Monitor
+    said: Fd
+    """What it writes to standard output and error."""
+
+    def words(self) -> str:
+        """What it said last."""
+        return last_words(self.said.number)
 
 
 def rehearse(guest: Guest, target: Target, *, timeout: float = REHEARSAL_SECONDS) -> Rehearsal:
@@ -65,17 +79,23 @@ def rehearse(guest: Guest, target: Target, *, timeout: float = REHEARSAL_SECONDS
         changed = translation.changes
         wanted = cl.append_options(translation.cmdline, target.extra_options)
         line = cl.for_rehearsal(wanted, monitor_fd=MONITOR_NUMBER, disk_sizes=disk_sizes(guest))
-        with _started(guest, target, line, began + timeout) as (process, monitor):
-            told = _look(process.pid, monitor, guest, wanted)
-    except (cl.CommandLineError, _Refused) as error:
+        with started(guest, target.binary.path, target.binary.identity, line, timeout=timeout) as it:
+            try:
+                told = _look(it.process.pid, it.monitor, guest, wanted)
+            except CprError as error:
+                it.process.wait_dead(1.0)
+                raise NotStarted(it.words() or f"it does not answer ({error.message})") from None
+    except (cl.CommandLineError, NotStarted) as error:
         return Rehearsal(
             started=False, words=str(error), seconds=time.monotonic() - began, options_changed=changed
         )
     return replace(told, seconds=time.monotonic() - began, options_changed=changed)
 
 
-def base_command(guest: Guest) -> cl.CommandLine:
+def base_command(guest: Guest, *, with_added: bool = False) -> cl.CommandLine:
     """The guest's command line with its configuration files written out and its machine type made concrete.
+
+    `with_added`: with the options that an earlier update added for the QEMU that the guest is in now.
 
     Raises:
         CommandLineError: it cannot be understood, or a configuration file is gone.
@@ -87,7 +107,9 @@ def base_command(guest: Guest) -> cl.CommandLine:
             raise cl.CommandLineError(f"-readconfig {path}: the file cannot be read any more")
         return texts[path]
 
-    command = cl.remove_appended(cl.CommandLine.parse(guest.argv), guest.added_options)
+    command = cl.CommandLine.parse(guest.argv)
+    if not with_added:
+        command = cl.remove_appended(command, guest.added_options)
     if command.has("readconfig"):
         command = inline_readconfig(command, read)
     return cl.with_machine_type(command, guest.machine) if guest.machine else command
@@ -105,31 +127,53 @@ def disk_sizes(guest: Guest) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _started(
-    guest: Guest, target: Target, line: cl.CommandLine, deadline: float
-) -> Iterator[tuple[Process, Monitor]]:
-    """The rehearsing QEMU and its monitor; killed and reaped whatever happens."""
+def started(
+    guest: Guest,
+    program: str,
+    identity: tuple[int, int] | None,
+    line: cl.CommandLine,
+    *,
+    timeout: float = REHEARSAL_SECONDS,
+    descriptors: Mapping[int, Fd] | None = None,
+    attend: Callable[[], None] | None = None,
+) -> Iterator[Started]:
+    """The rehearsing QEMU and its monitor; killed and reaped whatever happens, also by our own end.
+
+    `program` is a path as the guest sees it, `identity` its (st_dev, st_ino); `descriptors` are {number there: ours}.
+    `attend` see `qmp.negotiate`.
+
+    Raises:
+        NotStarted: it did not come up within `timeout` seconds. ProcessLookupError: the guest is gone.
+    """
+    deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as held:
         said = held.enter_context(Fd(os.memfd_create("cpr-said", os.MFD_CLOEXEC)))
         ours, theirs = socket.socketpair()
         held.callback(ours.close)
         with theirs:
-            process = _launch(guest, target, line, theirs.fileno(), said, deadline)
+            given: dict[int, int | Fd] = {**(descriptors or {}), MONITOR_NUMBER: theirs.fileno()}
+            process = _launch(guest, (program, identity), line, given, said, deadline)
         held.callback(_end, process)
         try:
-            monitor = qmp.negotiate(ours, "of the rehearsal", timeout=max(0.1, deadline - time.monotonic()))
-            held.enter_context(monitor)
-            yield process, monitor
-        except CprError as error:
+            left = max(0.1, deadline - time.monotonic())
+            monitor = qmp.negotiate(ours, "of the rehearsal", timeout=left, attend=attend)
+        except MonitorError as error:
             ended = process.wait_dead(0.0 if isinstance(error, MonitorHeld) else 1.0)
             words = last_words(said.number)
             if not words:
                 words = "it ended without a word" if ended else f"it does not answer ({error.message})"
-            raise _Refused(words) from None
+            raise NotStarted(words) from None
+        held.enter_context(monitor)
+        yield Started(process, monitor, said)
 
 
 def _launch(
-    guest: Guest, target: Target, line: cl.CommandLine, monitor: int, said: Fd, deadline: float
+    guest: Guest,
+    executable: tuple[str, tuple[int, int] | None],
+    line: cl.CommandLine,
+    descriptors: Mapping[int, int | Fd],
+    said: Fd,
+    deadline: float,
 ) -> Process:
     environ = [(k, v) for k, v in guest.environ if not PLANTED.match(k)]
     try:
@@ -137,8 +181,8 @@ def _launch(
             likeness.likeness_of(guest.process.pid),
             argv=line.argv(),
             environ=[*environ, (PENDING, "1")],
-            executable=(target.binary.path, target.binary.identity),
-            descriptors={MONITOR_NUMBER: monitor},
+            executable=executable,
+            descriptors=descriptors,
             stdout=said,
             stderr=said,
             ends_with_us=True,
@@ -147,7 +191,7 @@ def _launch(
     except ProcessLookupError:
         raise
     except OSError as error:
-        raise _Refused(f"it could not be started in the guest's likeness: {error}") from None
+        raise NotStarted(f"it could not be started in the guest's likeness: {error}") from None
     return Process.of(launched)
 
 

@@ -298,6 +298,19 @@ def test_a_pid_that_belongs_to_another_process_by_now_is_not_killed(
     assert alive(innocent)
 
 
+def test_what_rehearsed_dies_and_who_has_its_pid_by_now_does_not(
+    left: Left, child: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    rehearsing, other = child(), child()
+    starts = [proc.process_start_time(process.pid) for process in (rehearsing, other)]
+    left.journal.step(0, "doing")
+    left.journal.fact("rehearsing", processes=[[rehearsing.pid, starts[0]], [other.pid, starts[1] - 1]])
+    left.journal.abandon()
+    left.recover()
+    assert not alive(rehearsing)
+    assert alive(other)
+
+
 def test_a_guest_that_ended_meanwhile(left: Left) -> None:
     left.starting()
     os.kill(left.guest.pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from cpr.qemu.cmdline.edit import (
     without_gdb,
 )
 from cpr.qemu.cmdline.edit_chardevs import with_chardev_fd, with_chardev_null, with_log_append
-from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd
+from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd, without_reservation
 from cpr.qemu.cmdline.edit_net import with_netdev_fds, with_netdev_null, without_hostfwd
 from cpr.qemu.cmdline.edit_vnc import with_vnc_detached
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
@@ -85,4 +85,5 @@ __all__ = [
     "without",
     "without_gdb",
     "without_hostfwd",
+    "without_reservation",
 ]

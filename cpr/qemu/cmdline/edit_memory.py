@@ -38,6 +38,12 @@ def with_memory_backend_fd(cmdline: CommandLine, backend_id: str, fd: int, *, sh
     return cmdline.replaced(index, cmdline.options[index].with_params(changed))
 
 
+def without_reservation(cmdline: CommandLine, backend_id: str) -> CommandLine:
+    """The backend takes no page of the host's pools before it is written (reserve=off, QEMU 6.1)."""
+    index, params = _find(cmdline, backend_id)
+    return cmdline.replaced(index, cmdline.options[index].with_params(params.with_({"reserve": False})))
+
+
 def with_memory_backend_memfd(cmdline: CommandLine, backend_id: str) -> CommandLine:
     """The backend made a fresh, sparse memfd of the same size and name: for a rehearsal with throw-away RAM."""
     index, params = _find(cmdline, backend_id)
