@@ -100,7 +100,7 @@ class Tee:
         return bool(data)
 
     def _serve(self, number: int, events: int) -> None:
-        if events & select.POLLOUT:
+        if events & select.POLLOUT and number in self._waiting:  # it may have hung up on what was just received
             self._send(number)
         if number in self._waiting and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
             with contextlib.suppress(BlockingIOError):

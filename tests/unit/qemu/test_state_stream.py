@@ -73,6 +73,17 @@ def test_a_reader_that_hangs_up_does_not_keep_the_other_waiting(way: Way) -> Non
     sending.join()
 
 
+def test_a_reader_that_has_hung_up_before_the_first_bytes(way: Way) -> None:
+    """It is found out in the sending, while its socket is still waited for."""
+    way.readers[0].close()
+    for part in (b"first", b"then more" * 1000):
+        way.sender.sendall(part)
+        received = b""
+        while len(received) < len(part):
+            received += way.readers[1].recv(1 << 16)
+        assert received == part
+
+
 def test_what_readers_say_is_not_passed_on(way: Way) -> None:
     way.readers[0].sendall(bytes(SIZE))
     way.sender.sendall(b"on it goes")
