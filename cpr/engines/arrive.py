@@ -38,8 +38,8 @@ class LoadState(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
+        same_ram(self.guest, kept.ram, self.guest.process.pid, self.describe())  # while it loads
         stream.finish_load(run, run.successor, self.describe())
-        same_ram(self.guest, kept.ram, self.guest.process.pid, self.describe())
         if any(event.name == "RESUME" for event in run.successor.events()):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 
