@@ -28,7 +28,7 @@ from cpr.linux.tracer import Attach, Batch, Detach
 from cpr.qemu.clients import descriptor_targets, socket_numbers, socket_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cpr.linux.process import Process
     from cpr.linux.tracer import Tracer
@@ -167,6 +167,11 @@ def swap_in(
     return made[0]
 
 
+def _closing(targets: Mapping[int, str], inode: int, *, but: int) -> list[Call]:
+    """Calls that close what else there is of a client's connection: one of us who died half way left it."""
+    return [Call("close", (n,)) for n, target in targets.items() if target == f"socket:[{inode}]" and n != but]
+
+
 def _duplicate(process: Process, number: int) -> socket.socket:
     with fds.take_fd(process.pidfd, number) as fd:
         return socket.socket(fileno=fd.steal())
@@ -176,11 +181,11 @@ def _swap(
     process: Process, tracer: Tracer, number: int, client: socket.socket, inode: int, times: list[float]
 ) -> Swapped:
     """All threads stand. The pair is made there, as a process without privileges may not take descriptors of ours."""
-    before = descriptor_targets(process.pid).keys()
+    before = descriptor_targets(process.pid)
     tracer.run(
         Batch((Call("socketpair", (socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, bytes(8))),))
     )
-    theirs, other = sorted(descriptor_targets(process.pid).keys() - before)
+    theirs, other = sorted(descriptor_targets(process.pid).keys() - before.keys())
     ours = _duplicate(process, other)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
     with fds.take_fd(process.pidfd, theirs) as fd:
@@ -197,6 +202,7 @@ def _swap(
                     Call("dup3", (theirs, number, os.O_CLOEXEC)),
                     Call("close", (theirs,)),
                     Call("close", (other,)),
+                    *_closing(before, inode, but=number),
                 )
             )
         )
@@ -237,8 +243,9 @@ def put_back(
         return ready()
 
     def put() -> None:
-        calls = (Call("dup3", (kept.number, number, os.O_CLOEXEC)), Call("close", (kept.number,)))
-        tracer.run(Batch(calls))
+        targets = descriptor_targets(process.pid)
+        calls = [Call("dup3", (kept.number, number, os.O_CLOEXEC)), *_closing(targets, kept.inode, but=number)]
+        tracer.run(Batch(tuple(calls)))
 
     _when(tracer, as_it_was, put, until, f"descriptor {number} never comes to rest", times)
     return Stopped(times=times)

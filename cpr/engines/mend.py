@@ -53,6 +53,8 @@ def open_session(sock: socket.socket, name: str, *, oob: bool = False, timeout: 
                     raise MonitorError(name, f"negotiation: {message['error']}")
     except TimeoutError:
         raise MonitorError(name, f"no greeting within {timeout:g} s") from None
+    finally:
+        sock.settimeout(None)  # else Python waits, whatever the call says
 
 
 def repair(

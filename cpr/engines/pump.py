@@ -344,25 +344,34 @@ class _Part:
     ) -> list[tuple[bytes, list[int]]]:
         """The whole messages among what waits, at most so many; they are taken, the rest is left as far as it can be.
 
-        A message gets the descriptors that came with it or with blanks before it; as in QEMU, later ones replace
-        earlier ones (chardev/char-socket.c, tcp_chr_recv).
+        A message gets the descriptors that came with it or with blanks before it, together with those that were written
+        with it in one go, as one of them wants the descriptors; later ones replace earlier ones, as in QEMU
+        (chardev/char-socket.c, tcp_chr_recv).
         """
         data, already = self._data + waiting.data, len(self._data)
         ends = [0]
         while len(ends) <= (most or len(data)) and (end := framing.end_of_message(data, ends[-1])):
             ends.append(end)
-        carrier = -1 if waiting.descriptors_at is None else already + waiting.descriptors_at
         if len(ends) == 1:
-            if carrier >= 0 or len(waiting.data) >= LONG:
-                self._replace(_take(sock, len(waiting.data)))
+            if waiting.carries or len(waiting.data) >= LONG:
+                self._replace(streams.take_all(sock, len(waiting.data)))
                 self._data = data
             return []
-        brought = _take(sock, ends[-1] - already)
+        carrier = len(data)
+        brought: list[int] = []
+        if waiting.carries:
+            at, brought = streams.take_marked(sock, ends[-1] - already)
+            carrier = already + at
+        else:
+            streams.take_all(sock, ends[-1] - already)
         self._data = b""
         found = []
         for begin, end in itertools.pairwise(ends):
             if begin <= carrier < end:
                 self._replace(brought)
+                found.append((data[begin : ends[-1]], self._descriptors))
+                self._descriptors = []
+                break
             found.append((data[begin:end], self._descriptors))
             self._descriptors = []
         return found
@@ -383,12 +392,3 @@ class _Part:
                 os.close(number)
         self._descriptors = []
 
-
-def _take(sock: socket.socket, size: int) -> list[int]:
-    """Take what was looked at; the descriptors that came with it."""
-    found: list[int] = []
-    while size:
-        data, descriptors = streams.take(sock, size)
-        size -= len(data)
-        found += descriptors
-    return found

@@ -1,7 +1,8 @@
 """Stream sockets whose bytes are looked at before they are taken, with the descriptors that travel among them.
 
 The kernel hands the descriptors over with the first byte of the write that they were sent with (net/unix/af_unix.c,
-unix_stream_read_generic), but does not say which byte of what was read that is: it is found by looking.
+unix_stream_read_generic), but does not say which byte of what was read that is. Looking does not tell it either: with
+MSG_PEEK it goes on to the next write when there is no room left. So it is found by reading byte by byte.
 
 All sockets here may be shared with another process: their flags are left alone, no call waits.
 
@@ -34,8 +35,8 @@ class Unread:
     """What waits in a socket, up to the end of the first write that carries descriptors."""
 
     data: bytes = b""
-    descriptors_at: int | None = None
-    """The byte that brings them."""
+    carries: bool = False
+    """There are descriptors among it."""
 
 
 def look(sock: socket.socket, limit: int = LIMIT) -> Unread:
@@ -52,13 +53,7 @@ def look(sock: socket.socket, limit: int = LIMIT) -> Unread:
         raise EOFError from None
     if not data:
         raise EOFError
-    if not carries:
-        return Unread(data)
-    low, high = 1, len(data)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _peek(sock, middle)[1] else (middle + 1, high)
-    return Unread(data, low - 1)
+    return Unread(data, carries)
 
 
 def _peek(sock: socket.socket, limit: int) -> tuple[bytes, bool]:
@@ -84,6 +79,26 @@ def take(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
     if not data and size:
         raise EOFError
     return data, _numbers(ancillary)
+
+
+def take_marked(sock: socket.socket, size: int) -> tuple[int, list[int]]:
+    """Take bytes that were looked at, and say which of them brought descriptors. Raises as `take`."""
+    for at in range(size):
+        _, descriptors = take(sock, 1)
+        if descriptors:
+            take_all(sock, size - at - 1)
+            return at, descriptors
+    return size, []
+
+
+def take_all(sock: socket.socket, size: int) -> list[int]:
+    """Take bytes that were looked at; the descriptors that came with them. Raises as `take`."""
+    found: list[int] = []
+    while size:
+        data, descriptors = take(sock, size)
+        size -= len(data)
+        found += descriptors
+    return found
 
 
 def unread(sock: socket.socket) -> int:

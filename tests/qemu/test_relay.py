@@ -1,0 +1,409 @@
+"""A monitor that its client holds is borrowed and given back: every command is answered once, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cpr.engines import graft
+from cpr.engines.mend import open_session, repair
+from cpr.errors import StepFailed
+from cpr.linux import fds, proc, streams
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Tracer
+from cpr.model import MonitorAddress
+from cpr.qemu import clients
+from tests.qemu.managers import WINDOW, Client, Flood, held
+from tests.qemu.parties import connected, descriptors
+from tests.qemu.surveying import KEYS, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cpr.engines.relay import Relay
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Lab
+    from tests.qemu.managers import Held
+
+    Builds = Callable[[str], QemuBuild]
+
+full = pytest.mark.full
+NEWEST = KEYS[-1]
+every = pytest.mark.parametrize("key", [pytest.param(k, marks=() if k == NEWEST else full) for k in KEYS])
+
+
+def sockets(pid: int) -> list[tuple[int, str]]:
+    return [(n, target) for n, target in descriptors(pid).items() if target.startswith("socket:")]
+
+
+def flooded(guest: Held, flood: Flood, times: int) -> list[Relay]:
+    """Borrow and give back so often, with commands of ours in between."""
+    relays = []
+    for _ in range(times):
+        relay = guest.borrow()
+        relays.append(relay)
+        already = flood.answered
+        assert relay.monitor.execute("query-status")["running"] is False
+        relay.monitor.execute("cont")
+        relay.monitor.execute("stop")
+        until(lambda already=already: flood.answered > already + 5)  # type: ignore[misc]
+        assert relay.quiesce(5)
+        assert 0 <= relay.answered - relay.passed <= WINDOW  # what was under way when we came is answered through us
+        relay.release()
+        relay.give_back(guest.tracer)
+        already = flood.answered
+        until(lambda already=already: flood.answered > already + 5)  # type: ignore[misc]
+    return relays
+
+
+@pytest.mark.parametrize(
+    ("key", "times"), [(KEYS[0], 5), (NEWEST, 5), *(pytest.param(k, 30, marks=full) for k in KEYS)]
+)
+def test_under_a_flood_each_command_is_answered_once_in_order(
+    lab: Lab, builds: Builds, key: str, times: int
+) -> None:
+    with held(lab, builds(key), Flood) as (guest, flood):
+        before = sockets(guest.process.pid)
+        with flood:
+            relays = flooded(guest, flood, times)
+            assert sockets(guest.process.pid) == before
+        flood.check()
+        assert flood.events == []
+        assert [r.hidden() for r in relays] == [{"STOP": 1, "RESUME": 1}] * times
+
+
+@every
+def test_descriptors_come_with_their_command(lab: Lab, builds: Builds, key: str) -> None:
+    """Whatever is written in one go, in pieces, with blanks, behind other commands or with ours in between."""
+    files = [open(lab.directory / f"file{number}", "w") for number in range(5)]
+    add = b'{"execute": "add-fd", "arguments": {"opaque": "%d"}, "id": "mine"}'
+    with held(lab, builds(key), Client) as (guest, client), guest.borrow() as relay:
+        assert relay.quiesce(5)
+        numbers = [file.fileno() for file in files]
+        client.write(b'{"execute": "query-name", "id": "mine"} ' + add % 0, numbers[0])
+        client.write(b'{"execute": "query-name", "id": "mine"}')
+        client.write(add[:20], numbers[1])
+        client.write(add[20:] % 1)
+        client.write(b" ", numbers[2])
+        client.write(add % 2)
+        client.write(add % 3, numbers[3])
+        relay.monitor.send_fd("ours", numbers[0])
+        relay.release()
+        client.write(add % 4, numbers[4])
+        relay.monitor.send_fd("ours", numbers[0])
+        replies = [client.message() for _ in range(7)]
+        for file, reply in zip(files, (r for r in replies if "fd" in r["return"]), strict=True):
+            assert descriptors(guest.process.pid)[reply["return"]["fd"]] == file.name
+        relay.give_back(guest.tracer)
+        client.write(add % 5, numbers[0])
+        assert descriptors(guest.process.pid)[client.message()["return"]["fd"]] == files[0].name
+    for file in files:
+        file.close()
+
+
+@every
+def test_events_are_hidden_or_shown(lab: Lab, builds: Builds, key: str) -> None:
+    with held(lab, builds(key), Client) as (guest, client):
+        with guest.borrow(hide={"RESUME"}) as relay:
+            relay.monitor.execute("cont")
+            relay.monitor.execute("stop")
+            assert relay.quiesce(5)
+            assert client.saw() == ["STOP"]
+            relay.hide(())
+            relay.monitor.execute("cont")
+            assert relay.quiesce(5)
+            assert client.saw() == ["STOP", "RESUME"]
+            assert relay.hidden() == {"RESUME": 1}
+            assert [e.name for e in relay.monitor.events()] == ["RESUME", "STOP", "RESUME"]
+            relay.give_back(guest.tracer)
+        client.ask("stop")
+        assert client.saw() == ["STOP", "RESUME", "STOP"]
+
+
+@every
+def test_whatever_a_client_says_is_answered_as_without_us(lab: Lab, builds: Builds, key: str) -> None:
+    hostile = [
+        b"hello",
+        b"{]",
+        b"]]",
+        b'{"execute": "\n"}',
+        b'{"execute": "query-\xff',
+        b'{"execute": "no-such-command", "id": {"a": [1]}}',
+        b"{'execute': 'query-name', 'id': \"it's\"}",
+        b"[1, 2] 3 null",
+        b'{"execute": "query-name", "id": "cpr-1"}',
+        b'{"execute": "query-name", "id": "__qmp#00000"}',
+        b'{"id": 1}',
+        b'\xff{"execute": "query-name"}',
+        b'{"execute": "qmp_capabilities"}',
+        b'{"execute": "query-name", "id": "' + b"x" * 50_000 + b'"}',
+        b'{"execute": "query-name"}' * 50,
+    ]
+
+    def answers(client: Client) -> list[bytes]:  # without the line and column that QEMU counts from its start
+        client.write(b"".join(h + b'\r\n{"execute": "query-name", "id": "next"}' for h in hostile))
+        said: list[bytes] = []
+        while said.count(NEXT) < len(hostile):
+            said.append(re.sub(rb'"\d+:\d+: ', b'"', client.line()))
+        return said
+
+    with held(lab, builds(key), Client) as (guest, client):
+        without = answers(client)
+        with guest.borrow() as relay:
+            assert answers(client) == without
+            assert relay.monitor.execute("query-name") == {"name": "guest"}
+            relay.give_back(guest.tracer)
+        assert answers(client) == without
+
+
+NEXT = b'{"return": {"name": "guest"}, "id": "next"}\r'
+
+
+def test_a_command_begun_before_we_come(lab: Lab, builds: Builds) -> None:
+    """Its client goes on with it: it gets its connection back, and it is tried again."""
+    with held(lab, builds(NEWEST), Client) as (guest, client):
+        began = sockets(guest.process.pid)
+        client.write(b'{"execute": "query-name", "id": "cu')
+        with ThreadPoolExecutor(1) as pool:
+            until(lambda: fds_unread(guest) == 0)
+            borrowing = pool.submit(guest.borrow, settle=1.0)
+            until(lambda: sockets(guest.process.pid) != began)
+            client.write(b't"}')
+            assert client.message() == {"return": {"name": "guest"}, "id": "cut"}
+            client.write(b'{"execute": "query-name", "id": "whole"}')
+            relay = borrowing.result()
+        with relay:
+            assert client.message()["id"] == "whole"
+            assert relay.backed_out == 1
+            assert relay.monitor.execute("query-name") == {"name": "guest"}
+            relay.give_back(guest.tracer)
+        assert client.ask("query-name") == {"name": "guest"}
+        assert sockets(guest.process.pid) == began
+
+
+def fds_unread(guest: Held) -> int:
+    with fds.take_fd(guest.process.pidfd, guest.number) as fd, clients.socket_of(fd) as sock:
+        return streams.unread(sock)
+
+
+@pytest.mark.parametrize("padding", [b"", b" " * 50_000])
+def test_a_command_begun_while_we_are_there(lab: Lab, builds: Builds, padding: bytes) -> None:
+    """It is QEMU's when the rest of it comes, whoever passes that on."""
+    begun = b'{"execute": "query-name", %s "id": "cu' % padding
+    with held(lab, builds(NEWEST), Client) as (guest, client):
+        relay = guest.borrow()
+        client.write(begun)
+        assert relay.monitor.execute("query-name") == {"name": "guest"}
+        client.write(b't"}')
+        assert client.message()["id"] == "cut"
+        client.write(begun)
+        if padding:  # it had to be taken in parts
+            assert not relay.quiesce(0.2)
+            client.write(b't"}')
+            assert client.message()["id"] == "cut"
+        assert relay.quiesce(5)
+        relay.give_back(guest.tracer)
+        if not padding:
+            client.write(b't"}')
+            assert client.message()["id"] == "cut"
+        assert client.ask("query-name") == {"name": "guest"}
+
+
+@every
+def test_a_client_that_hangs_up(lab: Lab, builds: Builds, key: str) -> None:
+    with held(lab, builds(key), Client) as (guest, client), guest.borrow() as relay:
+        client.close()
+        until(lambda: relay.client_gone)
+        assert relay.monitor.execute("query-name") == {"name": "guest"}
+        assert relay.quiesce(5)
+        relay.give_back(guest.tracer)
+        other = Client(guest.path)
+        assert other.ask("query-name") == {"name": "guest"}
+        other.close()
+
+
+@every
+def test_a_client_that_does_not_read(
+    lab: Lab, builds: Builds, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU's words are cut by the end of its room when we come, and wait with us while we are there."""
+    with held(lab, builds(key), Client) as (guest, client):
+        ask = b'{"execute": "query-commands", "id": %d}'
+        client.write(b"".join(ask % number for number in range(40)))
+        until(lambda: fds_unread(guest) == 0)
+        relay = guest.borrow()
+        client.write(b"".join(ask % number for number in range(40, 60)))
+        assert relay.quiesce(10)
+        assert relay.undelivered > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(clients, "widen", lambda _: False)
+            with pytest.raises(TimeoutError, match="does not read"):
+                relay.give_back(guest.tracer, timeout=0.3)
+        assert relay.monitor.execute("query-name") == {"name": "guest"}
+        client.write(ask % 60)
+        until(lambda: relay.passed == 21)
+        relay.give_back(guest.tracer)
+        client.write(ask % 61)
+        replies = [client.message() for _ in range(62)]
+        assert [reply["id"] for reply in replies] == list(range(62))
+        assert len({json.dumps(reply["return"]) for reply in replies}) == 1
+
+
+@contextlib.contextmanager
+def reexecuted(guest: Held, relay: Relay) -> Iterator[tuple[Held, socket.socket]]:
+    """The same program anew in the same process, and a connection to it. `number` is its accepted end."""
+    pid = guest.process.pid
+    environ = tuple(f"{name}={value}" for name, value in proc.read_environ(pid))
+    guest.tracer.run(
+        Attach(),
+        Batch((Call("fcntl", (relay.kept.number, fcntl.F_SETFD, 0)),)),
+        Exec(f"/proc/{pid}/exe", proc.read_argv(pid), environ),
+        Detach(),
+    )
+    found: list[socket.socket] = []
+
+    def connects() -> bool:
+        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
+            found.append(connected(guest.path))
+        return bool(found)
+
+    until(connects)
+    with found[0] as sock, Tracer.start(guest.process) as tracer:
+        until(lambda: graft.accepted_of(guest.process, sock))
+        number = graft.accepted_of(guest.process, sock)
+        assert number is not None
+        yield replace(guest, tracer=tracer, number=number), sock
+
+
+@every
+@pytest.mark.parametrize("through_us", [True, False])
+def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_us: bool) -> None:
+    """What the client says meanwhile is answered by the new QEMU."""
+    with held(lab, builds(key), Flood) as (guest, flood):
+        with flood:
+            relay = guest.borrow()
+            assert relay.quiesce(5)
+            already = flood.answered
+            with reexecuted(guest, relay) as (anew, sock):
+                assert relay.kept.holds(guest.process.pid)
+                assert flood.answered == already
+                if through_us:
+                    relay.reconnect(sock)
+                    relay.release()
+                    assert relay.monitor.execute("query-status")["status"] == "prelaunch"
+                else:
+                    open_session(sock, "new", timeout=10)
+                relay.give_back(anew.tracer, anew.number)
+            until(lambda: flood.answered > already + 5)
+        flood.check()
+
+
+def test_out_of_band_execution_stays_negotiated(lab: Lab, builds: Builds) -> None:
+    oob = {"exec-oob": "migrate-pause", "id": "oob"}
+    with held(lab, builds(NEWEST), lambda path: Client(path, oob=True)) as (guest, client):
+        with guest.borrow() as relay:
+            assert relay.oob
+            client.send(oob)
+            first = client.message()
+            assert relay.quiesce(5)
+            with reexecuted(guest, relay) as (anew, sock):
+                relay.reconnect(sock)
+                relay.give_back(anew.tracer, anew.number)
+        client.send(oob)
+        assert client.message() == first
+        assert "QMP input" not in str(first)
+
+
+# we die ------------------------------------------------------------------------------------------------------
+
+BORROW = """
+import sys, time
+from cpr.engines.relay import Relay
+from cpr.linux.process import open_process
+from cpr.linux.tracer import Tracer
+pid, number = map(int, sys.argv[1:])
+with open_process(pid) as process, Tracer.start(process) as tracer:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    relay = Relay.borrow(process, tracer, number, until=time.monotonic() + 10)
+    print(relay.kept.number, relay.kept.inode, flush=True)
+    time.sleep(100)
+"""
+
+
+@contextlib.contextmanager
+def borrower(guest: Held) -> Iterator[subprocess.Popen[str]]:
+    """Another process that borrows when it is told to, and is killed at the end."""
+    call = [sys.executable, "-c", BORROW, str(guest.process.pid), str(guest.number)]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stdout is not None
+            assert popen.stdout.readline() == "ready\n"
+            yield popen
+        finally:
+            popen.kill()
+
+
+def go(popen: subprocess.Popen[str]) -> None:
+    assert popen.stdin is not None
+    popen.stdin.write("go\n")
+    popen.stdin.flush()
+
+
+@every
+def test_we_die_and_the_client_gets_its_session_back(lab: Lab, builds: Builds, key: str) -> None:
+    with held(lab, builds(key), Client) as (guest, client):
+        before = sockets(guest.process.pid)
+        with borrower(guest) as popen:
+            go(popen)
+            assert popen.stdout is not None
+            number, inode = map(int, popen.stdout.readline().split())
+            assert client.ask("query-name") == {"name": "guest"}
+        client.send({"execute": "query-name", "id": "meanwhile"})
+        kept = graft.Kept(number=number, inode=inode)
+        repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.path)), kept)
+        assert client.message()["id"] == "meanwhile"
+        assert client.ask("query-status")["running"] is False
+        assert len(sockets(guest.process.pid)) == len(before)
+        assert not kept.holds(guest.process.pid)
+        with pytest.raises(StepFailed):
+            graft.put_back(guest.process, guest.tracer, kept, guest.number, lambda: True, time.monotonic())
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(40, marks=full)])
+def test_we_die_at_any_moment(lab: Lab, builds: Builds, times: int) -> None:
+    """Either the client has its session, or its connection is kept and it can be given back."""
+    moments = random.Random(times)  # noqa: S311
+    with held(lab, builds(NEWEST), Client) as (guest, client):
+        for _ in range(times):
+            inode = graft.socket_inode(guest.process.pid, guest.number)
+            with borrower(guest) as popen:
+                go(popen)
+                time.sleep(moments.uniform(0, 0.05))
+            until(lambda: proc.read_status(guest.process.pid).tracer == 0)  # noqa: B023
+            numbers = [n for n, target in sockets(guest.process.pid) if target == f"socket:[{inode}]"]
+            assert numbers
+            if guest.number not in numbers:
+                until(lambda: waits(guest))  # noqa: B023
+                kept = graft.Kept(number=max(numbers), inode=inode)
+                repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.path)), kept)
+                (number,) = [n for n, target in sockets(guest.process.pid) if target == f"socket:[{inode}]"]
+                guest = replace(guest, number=number)
+            assert client.ask("query-name") == {"name": "guest"}
+
+
+def waits(guest: Held) -> bool:
+    """QEMU has noticed that its client, which we were, is gone."""
+    return guest.number not in dict(sockets(guest.process.pid))
