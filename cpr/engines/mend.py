@@ -1,6 +1,6 @@
-"""A client's session given back after the relay died that had borrowed it (relay.py).
+"""New sessions, and a client's session given back after we died who had borrowed it (relay.py, typed.py).
 
-QEMU took the relay's end for its client's and listens again; the client's own connection is kept in QEMU, open, and
+QEMU took our end for its client's and listens again; the client's own connection is kept in QEMU, open, and
 nobody reads it. So a new session is opened, negotiated as the client's was, and the connection takes its place.
 
 Out of scope: how it is known what is kept where (the journal of the run).
@@ -57,18 +57,39 @@ def open_session(sock: socket.socket, name: str, *, oob: bool = False, timeout: 
         sock.settimeout(None)  # else Python waits, whatever the call says
 
 
+def open_human_session(sock: socket.socket, name: str, *, timeout: float) -> None:
+    """Await the first prompt on a new connection.
+
+    Raises:
+        MonitorError: it does not come within `timeout` seconds. OSError.
+    """
+    said = b""
+    sock.settimeout(timeout)
+    try:
+        while not said.endswith(framing.PROMPT):
+            data = sock.recv(streams.LIMIT)
+            if not data:
+                raise MonitorError(name, "QEMU hung up")
+            said += data
+    except TimeoutError:
+        raise MonitorError(name, f"no prompt within {timeout:g} s") from None
+    finally:
+        sock.settimeout(None)
+
+
 def repair(
     process: Process,
     tracer: Tracer,
     address: MonitorAddress,
     kept: Kept,
     *,
+    human: bool = False,
     oob: bool = False,
     timeout: float = SECONDS,
 ) -> None:
-    """Give a client its session back after the relay died: QEMU listens at `address` again, and keeps the client's
-    connection. Commands that the relay had passed on are not answered any more; nor has QEMU file descriptor sets any
-    more that were given and not used (monitor/qmp.c: CHR_EVENT_CLOSED).
+    """Give a client its session back after we died: QEMU listens at `address` again, and keeps the client's connection.
+    `human`, `oob`: what the session is. Commands that a relay had passed on are not answered any more; nor has QEMU
+    file descriptor sets any more that were given and not used (monitor/qmp.c: CHR_EVENT_CLOSED).
 
     Raises:
         StepFailed: it is not kept there. MonitorHeld, MonitorError: QEMU does not serve us: another client came, or it
@@ -81,7 +102,10 @@ def repair(
     except OSError as error:
         raise MonitorError(str(address), f"cannot connect: {error.strerror or error}") from None
     with sock:
-        open_session(sock, str(address), oob=oob, timeout=timeout)
+        if human:
+            open_human_session(sock, str(address), timeout=timeout)
+        else:
+            open_session(sock, str(address), oob=oob, timeout=timeout)
         number = graft.accepted_of(process, sock, before)
         if number is None:
             raise MonitorError(str(address), "it was not found out which descriptor of QEMU our session is")

@@ -16,8 +16,8 @@ from cpr.engines import graft
 from cpr.engines.relay import Relay
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracer import Tracer
-from tests.qemu.parties import Party, connected
-from tests.qemu.surveying import start
+from tests.qemu.parties import Party, Wire, connected
+from tests.qemu.surveying import start, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ class Client:
         self.sock.close()
 
 
-C = TypeVar("C", "Client", "Flood")
+C = TypeVar("C", "Client", "Flood", "Person")
 
 PADDING = "x" * 3000
 WINDOW = 4
@@ -143,10 +143,13 @@ class Held:
 
 
 @contextmanager
-def held(lab: Lab, build: QemuBuild, client: Callable[[Path], C]) -> Iterator[tuple[Held, C]]:
+def held(
+    lab: Lab, build: QemuBuild, client: Callable[[Path], C], *, human: bool = False
+) -> Iterator[tuple[Held, C]]:
     """Start a guest, paused, whose monitor the client holds that is made here from its path."""
-    orphan = start(lab, build, "-S")
-    path = lab.directory / "guest.qmp"
+    path = lab.directory / ("guest.hmp" if human else "guest.qmp")
+    words = ["-monitor", f"unix:{path},server=on,wait=off"] if human else []
+    orphan = start(lab, build, "-S", *words)
     with open_process(orphan.pid) as process, Tracer.start(process) as tracer:
         made = client(path)
         try:
@@ -155,3 +158,27 @@ def held(lab: Lab, build: QemuBuild, client: Callable[[Path], C]) -> Iterator[tu
             yield Held(process, tracer, path, number), made
         finally:
             made.close()
+
+
+class Person(Wire):
+    """Somebody at a human monitor."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sock = self.peer
+        self.__enter__()
+        self.sees(PROMPT)
+
+    def sees(self, end: bytes, after: int = 0) -> bytes:
+        """What came after the first so many bytes, when it ends so."""
+        until(lambda: self.received[after:].endswith(end))
+        return self.received[after:]
+
+    def types(self, data: bytes, end: bytes) -> bytes:
+        """What it sees then, when it ends so."""
+        already = len(self.received)
+        self.send(data)
+        return self.sees(end, already)
+
+
+PROMPT = b"\n(qemu) "

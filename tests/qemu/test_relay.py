@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,12 +19,11 @@ from cpr.engines import graft
 from cpr.engines.mend import open_session, repair
 from cpr.errors import StepFailed
 from cpr.linux import fds, proc, streams
-from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Exec, Tracer
 from cpr.model import MonitorAddress
 from cpr.qemu import clients
 from tests.qemu.managers import WINDOW, Client, Flood, held
-from tests.qemu.parties import connected, descriptors
+from tests.qemu.parties import descriptors
+from tests.qemu.reexecuting import reexecuted
 from tests.qemu.surveying import KEYS, until
 
 if TYPE_CHECKING:
@@ -108,7 +105,8 @@ def test_descriptors_come_with_their_command(lab: Lab, builds: Builds, key: str)
             assert descriptors(guest.process.pid)[reply["return"]["fd"]] == file.name
         relay.give_back(guest.tracer)
         client.write(add % 5, numbers[0])
-        assert descriptors(guest.process.pid)[client.message()["return"]["fd"]] == files[0].name
+        number = client.message()["return"]["fd"]
+        assert descriptors(guest.process.pid)[number] == files[0].name
     for file in files:
         file.close()
 
@@ -261,32 +259,6 @@ def test_a_client_that_does_not_read(
         assert len({json.dumps(reply["return"]) for reply in replies}) == 1
 
 
-@contextlib.contextmanager
-def reexecuted(guest: Held, relay: Relay) -> Iterator[tuple[Held, socket.socket]]:
-    """The same program anew in the same process, and a connection to it. `number` is its accepted end."""
-    pid = guest.process.pid
-    environ = tuple(f"{name}={value}" for name, value in proc.read_environ(pid))
-    guest.tracer.run(
-        Attach(),
-        Batch((Call("fcntl", (relay.kept.number, fcntl.F_SETFD, 0)),)),
-        Exec(f"/proc/{pid}/exe", proc.read_argv(pid), environ),
-        Detach(),
-    )
-    found: list[socket.socket] = []
-
-    def connects() -> bool:
-        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-            found.append(connected(guest.path))
-        return bool(found)
-
-    until(connects)
-    with found[0] as sock, Tracer.start(guest.process) as tracer:
-        until(lambda: graft.accepted_of(guest.process, sock))
-        number = graft.accepted_of(guest.process, sock)
-        assert number is not None
-        yield replace(guest, tracer=tracer, number=number), sock
-
-
 @every
 @pytest.mark.parametrize("through_us", [True, False])
 def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_us: bool) -> None:
@@ -296,7 +268,7 @@ def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_u
             relay = guest.borrow()
             assert relay.quiesce(5)
             already = flood.answered
-            with reexecuted(guest, relay) as (anew, sock):
+            with reexecuted(guest, relay.kept) as (anew, sock):
                 assert relay.kept.holds(guest.process.pid)
                 assert flood.answered == already
                 if through_us:
@@ -318,7 +290,7 @@ def test_out_of_band_execution_stays_negotiated(lab: Lab, builds: Builds) -> Non
             client.send(oob)
             first = client.message()
             assert relay.quiesce(5)
-            with reexecuted(guest, relay) as (anew, sock):
+            with reexecuted(guest, relay.kept) as (anew, sock):
                 relay.reconnect(sock)
                 relay.give_back(anew.tracer, anew.number)
         client.send(oob)
