@@ -133,9 +133,15 @@ def _when(
 
 
 def swap_in(
-    process: Process, tracer: Tracer, number: int, ready: Callable[[socket.socket], bool], until: float
+    process: Process,
+    tracer: Tracer,
+    number: int,
+    ready: Callable[[socket.socket], bool],
+    until: float,
+    then: Callable[[Swapped], None] = lambda _: None,
 ) -> Swapped:
-    """Have one end of a socket pair of ours stand in for the accepted connection `number`, when it is `ready`.
+    """Have one end of a socket pair of ours stand in for the accepted connection `number`, when it is `ready`; `then`
+    comes before the process goes on.
 
     Should the tracer die in the middle, the swap has been made or not; the difference is told by the exception. At
     worst two sockets that nobody uses stay open in the process.
@@ -156,11 +162,14 @@ def swap_in(
 
     def swap() -> None:
         made.append(_swap(process, tracer, number, client, inode, times))
+        then(made[0])
 
     try:
         _when(tracer, as_it_was, swap, until, f"descriptor {number} is never between two commands", times)
     except BaseException:
         for one in made:
+            with contextlib.suppress(Exception):
+                put_back(process, tracer, one.kept, number, lambda: True, time.monotonic())
             one.ours.close()
         client.close()
         raise

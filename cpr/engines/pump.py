@@ -307,8 +307,7 @@ class Pump:
         asked = message.get("id")
         if "event" in message:
             name = str(message["event"])
-            if self._to_own is not None:
-                self._to_own.put(line)
+            self._tell_own(message)
             if name in self.hide:
                 self.hidden[name] = self.hidden.get(name, 0) + 1
                 return

@@ -11,14 +11,13 @@ FD_CLOEXEC of it. If we die, QEMU takes that for its client's end and listens ag
 `mend.repair` gives it its session back. What of its commands we had passed on, it gets no answer to any more.
 
 What cannot be known is whether QEMU's parser holds the beginning of a command when we come in: it reads at once what
-there is, and keeps it to itself. So we come in when nothing is waiting to be read or what waits begins a command, and
-then send nothing of our own until the client has begun a command or `settle` seconds have passed. If it goes on in the
-middle of one, it gets its connection back at once, unharmed, and it is tried again. A client that pauses for longer
-than that within a command (a person who types one over several lines) is not recognized: its command and our first one
-become one, which is an error to QEMU.
-
-So are descriptors that it sent before we came for a command that comes after: QEMU keeps only the last it was sent, so
-that a descriptor of ours would take their place.
+there is, and keeps it to itself. So we come in when nothing waits to be read, or what waits begins a command, or ends
+one and another one follows (that end is passed on at once). Where nothing waited we then send nothing of our own until
+the client has begun a command or `settle` seconds have passed. If it goes on in the middle of one, it gets its
+connection back at once, unharmed, and it is tried again. A client that pauses for longer than that within a command (a
+person who types one over several lines) is not recognized: its command and our first one become one, which is an error
+to QEMU. Nor are descriptors that it sent before we came for a command that comes after: QEMU keeps only those that it
+was sent last, so that some of ours would take their place.
 
 Out of scope: human monitors (typed.py), and when to do what.
 """
@@ -51,6 +50,8 @@ HIDDEN_WHILE_LOADING = HIDDEN | {"VSERPORT_CHANGE"}
 
 SETTLE_SECONDS = 0.05
 ANSWER_SECONDS = 5.0
+LONGEST_REST = 8192
+"""Bytes that fit into our socket at once."""
 _FENCE = "query-version"
 """Commands are answered in their order, so that when this one is, all before it are."""
 
@@ -96,7 +97,8 @@ class Relay:
         """
         stops: list[Stopped] = []
         while True:
-            swapped = graft.swap_in(process, tracer, number, _between_commands, until)
+            entrance = _Entrance()
+            swapped = graft.swap_in(process, tracer, number, entrance.is_open, until, entrance.pass_rest)
             stops.append(swapped.stopped)
             relay = cls(process, name, number, swapped, hide)
             relay.stopped, relay.backed_out = stops, len(stops) - 1
@@ -312,10 +314,35 @@ class Relay:
         self.close()
 
 
-def _between_commands(client: socket.socket) -> bool:
-    """Nothing waits to be read, or it begins a command."""
-    try:
-        data = client.recv(streams.LIMIT, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except (BlockingIOError, ConnectionResetError):
-        return True
-    return not data.strip() or framing.begins_command(data) is True
+class _Entrance:
+    """Whether we may come in: nothing waits to be read, or it begins a command, or the rest of one that is begun is
+    all there, with another one behind it. Then that rest goes on through us before QEMU does."""
+
+    def __init__(self) -> None:
+        self._rest = streams.Unread()
+
+    def is_open(self, client: socket.socket) -> bool:
+        self._rest = streams.Unread()
+        try:
+            waiting = streams.look(client)
+        except EOFError:
+            return True
+        if not waiting.data.strip() or framing.begins_command(waiting.data):
+            return True
+        end = framing.end_of_begun(waiting.data)
+        self._rest = streams.Unread(waiting.data[:end], waiting.carries)
+        return 0 < end <= LONGEST_REST
+
+    def pass_rest(self, swapped: Swapped) -> None:
+        data, size = self._rest.data, len(self._rest.data)
+        if data:
+            at = size
+            descriptors: list[int] = []
+            if self._rest.carries:
+                at, descriptors = streams.take_marked(swapped.client, size)
+            else:
+                streams.take_all(swapped.client, size)
+            outgoing = streams.Outgoing(swapped.ours)
+            outgoing.put(data[:at])
+            outgoing.put(data[at:], descriptors)
+            outgoing.flush()

@@ -25,6 +25,7 @@ _STRING = {
 }
 _CHANGE = {ord("{"): (1, 0), ord("}"): (-1, 0), ord("["): (0, 1), ord("]"): (0, -1)}
 _BEGINNING = re.compile(rb"""\{[ \t\r\n]*(["'])(execute|exec-oob)\1[ \t\r\n]*:""")
+_NEXT = re.compile(rb"""\}[ \t\r\n]*(?=\{[ \t\r\n]*"(execute|exec-oob)"[ \t\r\n]*:)""")
 _PRETTY_END = re.compile(rb"\n\}\r?\n")
 
 PROMPT = b"(qemu) "
@@ -85,6 +86,15 @@ def begins_command(data: bytes) -> bool | None:
         return None
     message = parse(data[:end])
     return message is not None and bool({"execute", "exec-oob"} & message.keys())
+
+
+def end_of_begun(data: bytes) -> int:
+    """Where a command ends whose beginning was read before, if another one follows; else 0.
+
+    Behind a closing brace no object may follow but at the top, and within a string its quotes could not stand so.
+    """
+    found = _NEXT.search(data)
+    return found.end() if found else 0
 
 
 def parse(data: bytes) -> dict[str, Any] | None:

@@ -21,17 +21,17 @@ from tests.qemu.surveying import start, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
+    from tests.qemu.parties import Address
 
 
 class Client:
     """A session whose bytes a test writes and reads itself."""
 
-    def __init__(self, path: Path, *, oob: bool = False) -> None:
-        self.sock = connected(path, 20)
+    def __init__(self, address: Address, *, oob: bool = False) -> None:
+        self.sock = connected(address, 20)
         self._rest = b""
         self.events: list[dict[str, Any]] = []
         assert "QMP" in self.message()
@@ -83,7 +83,7 @@ class Client:
         self.sock.close()
 
 
-C = TypeVar("C", "Client", "Flood", "Person")
+C = TypeVar("C", "Client", "Flood", "Wire", "Person")
 
 PADDING = "x" * 3000
 WINDOW = 4
@@ -92,9 +92,9 @@ WINDOW = 4
 class Flood(Party):
     """Commands of 3 KB without a pause, `WINDOW` of them under way; each is to be answered once, in order."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, address: Address) -> None:
         super().__init__()
-        self._client = Client(path)
+        self._client = Client(address)
         self.sock = self._client.sock
         self.events: list[str] = []
         self.answered = 0
@@ -135,7 +135,7 @@ class Held:
 
     process: Process
     tracer: Tracer
-    path: Path
+    address: Address
     number: int
 
     def borrow(self, seconds: float = 10.0, **how: Any) -> Relay:
@@ -144,18 +144,17 @@ class Held:
 
 @contextmanager
 def held(
-    lab: Lab, build: QemuBuild, client: Callable[[Path], C], *, human: bool = False
+    lab: Lab, build: QemuBuild, client: Callable[[Any], C], *words: str, address: Address | None = None
 ) -> Iterator[tuple[Held, C]]:
-    """Start a guest, paused, whose monitor the client holds that is made here from its path."""
-    path = lab.directory / ("guest.hmp" if human else "guest.qmp")
-    words = ["-monitor", f"unix:{path},server=on,wait=off"] if human else []
+    """Start a guest, paused, whose monitor at `address` (its QMP socket, if not given) a client holds."""
     orphan = start(lab, build, "-S", *words)
+    address = address or lab.directory / "guest.qmp"
     with open_process(orphan.pid) as process, Tracer.start(process) as tracer:
-        made = client(path)
+        made = client(address)
         try:
-            number = graft.accepted_of(process, made.sock)
+            number = graft.accepted_of(process, made.peer if isinstance(made, Wire) else made.sock)
             assert number is not None
-            yield Held(process, tracer, path, number), made
+            yield Held(process, tracer, address, number), made
         finally:
             made.close()
 
@@ -163,9 +162,8 @@ def held(
 class Person(Wire):
     """Somebody at a human monitor."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.sock = self.peer
+    def __init__(self, address: Address) -> None:
+        super().__init__(address)
         self.__enter__()
         self.sees(PROMPT)
 

@@ -37,7 +37,7 @@ def reexecuted(guest: Held, kept: Kept) -> Iterator[tuple[Held, socket.socket]]:
 
     def connects() -> bool:
         with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-            found.append(connected(guest.path))
+            found.append(connected(guest.address))
         return bool(found)
 
     until(connects)

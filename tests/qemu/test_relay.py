@@ -22,7 +22,7 @@ from cpr.linux import fds, proc, streams
 from cpr.model import MonitorAddress
 from cpr.qemu import clients
 from tests.qemu.managers import WINDOW, Client, Flood, held
-from tests.qemu.parties import descriptors
+from tests.qemu.parties import Wire, descriptors, free_port
 from tests.qemu.reexecuting import reexecuted
 from tests.qemu.surveying import KEYS, until
 
@@ -227,7 +227,7 @@ def test_a_client_that_hangs_up(lab: Lab, builds: Builds, key: str) -> None:
         assert relay.monitor.execute("query-name") == {"name": "guest"}
         assert relay.quiesce(5)
         relay.give_back(guest.tracer)
-        other = Client(guest.path)
+        other = Client(guest.address)
         assert other.ask("query-name") == {"name": "guest"}
         other.close()
 
@@ -259,6 +259,46 @@ def test_a_client_that_does_not_read(
         assert len({json.dumps(reply["return"]) for reply in replies}) == 1
 
 
+@pytest.mark.parametrize("key", [NEWEST, pytest.param(KEYS[0], marks=full)])
+def test_over_tcp(lab: Lab, builds: Builds, key: str) -> None:
+    port = free_port()
+    words = ("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off")
+    with held(lab, builds(key), Flood, *words, address=("127.0.0.1", port)) as (guest, flood):
+        with flood:
+            flooded(guest, flood, 2)
+            relay = guest.borrow()
+            assert relay.quiesce(5)
+            relay.close()  # as if we died
+            until(lambda: not graft.socket_inode(guest.process.pid, guest.number))
+            address = MonitorAddress(label="qmp", host="127.0.0.1", port=port)
+            repair(guest.process, guest.tracer, address, relay.kept)
+            already = flood.answered
+            until(lambda: flood.answered > already + 5)
+        flood.check()
+
+
+def test_lines_that_are_set_prettily(lab: Lab, builds: Builds) -> None:
+    """With pretty=on a message has many lines."""
+    path = lab.directory / "pretty"
+    words = f"-chardev socket,id=pretty,path={path},server=on,wait=off -mon chardev=pretty,mode=control,pretty=on".split()
+    with held(lab, builds(NEWEST), Wire, *words, address=path) as (guest, wire):
+        with wire:
+            query = b'{"execute": "query-name", "id": 1}'
+            reply = b'{\r\n    "return": {\r\n        "name": "guest"\r\n    },\r\n    "id": 1\r\n}\r\n'
+            wire.send(b'{"execute": "qmp_capabilities"}' + query)
+            until(lambda: wire.received.endswith(reply))
+            already = len(wire.received)
+            with guest.borrow() as relay:
+                assert relay.monitor.execute("query-name") == {"name": "guest"}
+                relay.monitor.execute("cont")
+                relay.monitor.execute("stop")
+                wire.send(query)
+                assert relay.quiesce(5)
+                relay.give_back(guest.tracer)
+            wire.send(query)
+            until(lambda: wire.received[already:] == reply + reply)
+
+
 @every
 @pytest.mark.parametrize("through_us", [True, False])
 def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_us: bool) -> None:
@@ -284,7 +324,7 @@ def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_u
 
 def test_out_of_band_execution_stays_negotiated(lab: Lab, builds: Builds) -> None:
     oob = {"exec-oob": "migrate-pause", "id": "oob"}
-    with held(lab, builds(NEWEST), lambda path: Client(path, oob=True)) as (guest, client):
+    with held(lab, builds(NEWEST), lambda address: Client(address, oob=True)) as (guest, client):
         with guest.borrow() as relay:
             assert relay.oob
             client.send(oob)
@@ -345,7 +385,7 @@ def test_we_die_and_the_client_gets_its_session_back(lab: Lab, builds: Builds, k
             assert client.ask("query-name") == {"name": "guest"}
         client.send({"execute": "query-name", "id": "meanwhile"})
         kept = graft.Kept(number=number, inode=inode)
-        repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.path)), kept)
+        repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.address)), kept)
         assert client.message()["id"] == "meanwhile"
         assert client.ask("query-status")["running"] is False
         assert len(sockets(guest.process.pid)) == len(before)
@@ -370,7 +410,7 @@ def test_we_die_at_any_moment(lab: Lab, builds: Builds, times: int) -> None:
             if guest.number not in numbers:
                 until(lambda: waits(guest))  # noqa: B023
                 kept = graft.Kept(number=max(numbers), inode=inode)
-                repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.path)), kept)
+                repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.address)), kept)
                 (number,) = [n for n, target in sockets(guest.process.pid) if target == f"socket:[{inode}]"]
                 guest = replace(guest, number=number)
             assert client.ask("query-name") == {"name": "guest"}

@@ -18,6 +18,7 @@ from tests.qemu.surveying import KEYS, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
@@ -31,13 +32,21 @@ every = pytest.mark.parametrize(
 )
 
 
+def path(lab: Lab) -> Path:
+    return lab.directory / "guest.hmp"
+
+
+def words(lab: Lab) -> tuple[str, str]:
+    return "-monitor", f"unix:{path(lab)},server=on,wait=off"
+
+
 def borrow(guest: Held, seconds: float = 10.0) -> Typed:
     return Typed.borrow(guest.process, guest.tracer, guest.number, until=time.monotonic() + seconds)
 
 
 @every
 def test_an_idle_session(lab: Lab, builds: Builds, key: str) -> None:
-    with held(lab, builds(key), Person, human=True) as (guest, person):
+    with held(lab, builds(key), Person, *words(lab), address=path(lab)) as (guest, person):
         said = person.types(b"info name\n", PROMPT)
         for _ in range(3):
             seen = person.received
@@ -53,7 +62,7 @@ def test_an_idle_session(lab: Lab, builds: Builds, key: str) -> None:
 @every
 def test_a_line_that_is_begun(lab: Lab, builds: Builds, key: str) -> None:
     """It is let finish; then it is borrowed."""
-    with held(lab, builds(key), Person, human=True) as (guest, person):
+    with held(lab, builds(key), Person, *words(lab), address=path(lab)) as (guest, person):
         person.types(b"info na", b"\x1b[K")
         with pytest.raises(TimeoutError, match="prompt"):
             borrow(guest, 0.1)
@@ -67,7 +76,7 @@ def test_a_line_that_is_begun(lab: Lab, builds: Builds, key: str) -> None:
 
 
 def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds) -> None:
-    with held(lab, builds(NEWEST), Person, human=True) as (guest, person):
+    with held(lab, builds(NEWEST), Person, *words(lab), address=path(lab)) as (guest, person):
         said = person.types(b"info name\n", PROMPT)
         already = len(person.received)
         with borrow(guest) as typed:
@@ -81,11 +90,11 @@ def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds) -> None:
 
 @every
 def test_we_die(lab: Lab, builds: Builds, key: str) -> None:
-    with held(lab, builds(key), Person, human=True) as (guest, person):
+    with held(lab, builds(key), Person, *words(lab), address=path(lab)) as (guest, person):
         typed = borrow(guest)
         typed.close()
         until(lambda: not graft.socket_inode(guest.process.pid, guest.number))
-        address = MonitorAddress(label="hmp", path=str(guest.path))
+        address = MonitorAddress(label="hmp", path=str(guest.address))
         repair(guest.process, guest.tracer, address, typed.kept, human=True)
         assert b"guest" in person.types(b"info name\n", PROMPT)
         assert not person.ended

@@ -127,6 +127,26 @@ def test_where_a_command_begins(data: bytes, begins: bool | None) -> None:
     assert framing.begins_command(data) is begins
 
 
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (b'ame"}' + QUERY, 5),
+        (b'ame"}\r\n ' + QUERY, 8),
+        (b'"}}}' + QUERY + QUERY, 4),
+        (b"}" + QUERY, 1),
+        (b'ame"}', 0),
+        (b'ame"}\r\n', 0),
+        (b'ame"}{"exec', 0),
+        (b'a}{"b": {}}, {"execute": 1}', 0),
+        (b'}{\\"execute\\": "}' + QUERY, 17),  # within a string that QEMU has begun to read
+        (QUERY, 0),
+        (b"", 0),
+    ],
+)
+def test_where_a_command_ends_that_was_begun_before(data: bytes, size: int) -> None:
+    assert framing.end_of_begun(data) == size
+
+
 EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\r\n'
 REPLY = b'{"return": {"a": "}{"}, "id": "x"}\r\n'
 PRETTY = b'{\r\n    "return": {\r\n    },\r\n    "id": [\r\n        {\r\n        }\r\n    ]\r\n}\r\n'
