@@ -81,6 +81,13 @@ def socket_inode(pid: int, number: int) -> int:
     return int(target[8:-1]) if target.startswith("socket:[") else 0
 
 
+def find_kept(pid: int, number: int, inode: int) -> Kept | None:
+    """Where a process keeps a client's connection that was its accepted descriptor `number`; None where it still is
+    that, or is not kept. For whoever knows only what was to be borrowed. Raises OSError."""
+    numbers = [n for n, target in descriptor_targets(pid).items() if target == f"socket:[{inode}]"]
+    return Kept(number=max(numbers), inode=inode) if numbers and number not in numbers else None
+
+
 def accepted_of(process: Process, sock: socket.socket, before: frozenset[int] = frozenset()) -> int | None:
     """The descriptor of the process that is the other end of our connection; None while there is none.
 

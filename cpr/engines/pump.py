@@ -15,7 +15,6 @@ Out of scope: how the pump gets between the two (graft.py), and what is said (re
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -25,15 +24,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines.intake import Part
 from cpr.linux import streams
 from cpr.qemu import framing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-
-LONG = 32768
-"""From how many bytes on a command is taken in parts: below what fits into a socket by default (212992, with some 8 KB
-of it for each write of a few bytes)."""
 
 STEPS = 50
 """After how many steps others may ask something."""
@@ -69,7 +65,7 @@ class Pump:
         self._to_qemu = streams.Outgoing(qemu)
         self._to_own: streams.Outgoing | None = None
         self._lines = framing.Lines()
-        self._parts = {"client": _Part(), "own": _Part()}
+        self._parts = {"client": Part(), "own": Part()}
         self._prefix = f"cpr-{secrets.token_hex(16)}-"
         self._count = 0
         self._asked: dict[str, Any] = {}
@@ -121,7 +117,7 @@ class Pump:
         ours, theirs = socket.socketpair()
         self._drop_own()
         self._own, self._to_own = theirs, streams.Outgoing(theirs)
-        self._parts["own"] = _Part()
+        self._parts["own"] = Part()
         self._epoll.register(theirs, EVENT_MASK)
         self._to_own.put(json.dumps(self.greeting).encode() + b"\r\n")
         self.wake()
@@ -325,69 +321,3 @@ class Pump:
 
 
 _NO_ID, _ASKED = object(), object()
-
-
-class _Part:
-    """What was taken of a message that is not all there, and the descriptors that go with it."""
-
-    def __init__(self) -> None:
-        self._data = b""
-        self._descriptors: list[int] = []
-
-    @property
-    def begun(self) -> bool:
-        return bool(self._data or self._descriptors)
-
-    def take(
-        self, sock: socket.socket, waiting: streams.Unread, most: int = 0
-    ) -> list[tuple[bytes, list[int]]]:
-        """The whole messages among what waits, at most so many; they are taken, the rest is left as far as it can be.
-
-        A message gets the descriptors that came with it or with blanks before it, together with those that were written
-        with it in one go, as one of them wants the descriptors; later ones replace earlier ones, as in QEMU
-        (chardev/char-socket.c, tcp_chr_recv).
-        """
-        data, already = self._data + waiting.data, len(self._data)
-        ends = [0]
-        while len(ends) <= (most or len(data)) and (end := framing.end_of_message(data, ends[-1])):
-            ends.append(end)
-        if len(ends) == 1:
-            if waiting.carries or len(waiting.data) >= LONG:
-                self._replace(streams.take_all(sock, len(waiting.data)))
-                self._data = data
-            return []
-        carrier = len(data)
-        brought: list[int] = []
-        if waiting.carries:
-            at, brought = streams.take_marked(sock, ends[-1] - already)
-            carrier = already + at
-        else:
-            streams.take_all(sock, ends[-1] - already)
-        self._data = b""
-        found = []
-        for begin, end in itertools.pairwise(ends):
-            if begin <= carrier < end:
-                self._replace(brought)
-                found.append((data[begin : ends[-1]], self._descriptors))
-                self._descriptors = []
-                break
-            found.append((data[begin:end], self._descriptors))
-            self._descriptors = []
-        return found
-
-    def _replace(self, descriptors: list[int]) -> None:
-        if descriptors:
-            self.close()
-            self._descriptors = descriptors
-
-    def steal(self) -> tuple[bytes, list[int]]:
-        data, descriptors = self._data, self._descriptors
-        self._data, self._descriptors = b"", []
-        return data, descriptors
-
-    def close(self) -> None:
-        for number in self._descriptors:
-            with contextlib.suppress(OSError):
-                os.close(number)
-        self._descriptors = []
-

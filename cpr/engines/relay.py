@@ -7,8 +7,8 @@
     relay.give_back(tracer, accepted)
 
 The client's connection is kept in QEMU as well, as `relay.kept`, close-on-exec: whoever replaces QEMU's program clears
-FD_CLOEXEC of it. If we die, QEMU takes that for its client's end and listens again, the client waits, and
-`mend.repair` gives it its session back. What of its commands we had passed on, it gets no answer to any more.
+FD_CLOEXEC of it, and starts a new tracer. If we die, QEMU takes that for its client's end and listens again, the client
+waits, and `mend.repair` gives it its session back. Those of its commands that we had passed on are not answered then.
 
 What cannot be known is whether QEMU's parser holds the beginning of a command when we come in: it reads at once what
 there is, and keeps it to itself. So we come in when nothing waits to be read, or what waits begins a command, or ends
@@ -18,6 +18,8 @@ connection back at once, unharmed, and it is tried again. A client that pauses f
 person who types one over several lines) is not recognized: its command and our first one become one, which is an error
 to QEMU. Nor are descriptors that it sent before we came for a command that comes after: QEMU keeps only those that it
 was sent last, so that some of ours would take their place.
+
+Plain sockets only: not telnet, TLS or websockets, and no multiplexed chardev.
 
 Out of scope: human monitors (typed.py), and when to do what.
 """
@@ -92,8 +94,8 @@ class Relay:
 
         Raises:
             TimeoutError: it was never between two commands by `until` (time.monotonic). MonitorError: QEMU does not
-            answer. StepFailed: the client hung up. ConnectionError: the tracer died. OSError. In all cases the client
-            has its connection back.
+            answer, or the session is not negotiated. StepFailed: the client hung up. ConnectionError: the tracer died.
+            OSError. In all cases the client has its connection back.
         """
         stops: list[Stopped] = []
         while True:
@@ -128,6 +130,8 @@ class Relay:
         """The first words of ours; then the client's go on."""
         until = max(until, time.monotonic() + 1.0)
         version = self._ask(_FENCE, until)
+        if "return" not in version:
+            raise MonitorError(self.name, "its client has not negotiated")
         self.oob = "does not support OOB" in str(self._ask(_FENCE, until, "exec-oob"))
         with self._pump.changed:
             self._pump.held = False

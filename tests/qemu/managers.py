@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpr.engines import graft
 from cpr.engines.relay import Relay
+from cpr.linux import fds, streams
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracer import Tracer
-from tests.qemu.parties import Party, Wire, connected
+from cpr.qemu import clients
+from tests.qemu.parties import Party, Wire, connected, descriptors
 from tests.qemu.surveying import start, until
 
 if TYPE_CHECKING:
@@ -138,6 +140,15 @@ class Held:
     address: Address
     number: int
 
+    def sockets(self) -> list[tuple[int, str]]:
+        """What sockets the guest's process has open."""
+        return [(n, target) for n, target in descriptors(self.process.pid).items() if target.startswith("socket:")]
+
+    def unread(self) -> int:
+        """Bytes that QEMU has not read from the client."""
+        with fds.take_fd(self.process.pidfd, self.number) as fd, clients.socket_of(fd) as sock:
+            return streams.unread(sock)
+
     def borrow(self, seconds: float = 10.0, **how: Any) -> Relay:
         return Relay.borrow(self.process, self.tracer, self.number, until=time.monotonic() + seconds, **how)
 
@@ -151,12 +162,14 @@ def held(
     address = address or lab.directory / "guest.qmp"
     with open_process(orphan.pid) as process, Tracer.start(process) as tracer:
         made = client(address)
+        sock = made.peer if isinstance(made, Wire) else made.sock
         try:
-            number = graft.accepted_of(process, made.peer if isinstance(made, Wire) else made.sock)
+            until(lambda: graft.accepted_of(process, sock))
+            number = graft.accepted_of(process, sock)
             assert number is not None
             yield Held(process, tracer, address, number), made
         finally:
-            made.close()
+            sock.close()
 
 
 class Person(Wire):

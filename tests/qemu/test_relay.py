@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import random
 import re
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cpr.engines import graft
-from cpr.engines.mend import open_session, repair
-from cpr.errors import StepFailed
-from cpr.linux import fds, proc, streams
+from cpr.engines.mend import repair
+from cpr.errors import MonitorError
 from cpr.model import MonitorAddress
-from cpr.qemu import clients
 from tests.qemu.managers import WINDOW, Client, Flood, held
 from tests.qemu.parties import Wire, descriptors, free_port
-from tests.qemu.reexecuting import reexecuted
 from tests.qemu.surveying import KEYS, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from cpr.engines.relay import Relay
     from tests.lab.qemu import QemuBuild
@@ -39,10 +29,6 @@ if TYPE_CHECKING:
 full = pytest.mark.full
 NEWEST = KEYS[-1]
 every = pytest.mark.parametrize("key", [pytest.param(k, marks=() if k == NEWEST else full) for k in KEYS])
-
-
-def sockets(pid: int) -> list[tuple[int, str]]:
-    return [(n, target) for n, target in descriptors(pid).items() if target.startswith("socket:")]
 
 
 def flooded(guest: Held, flood: Flood, times: int) -> list[Relay]:
@@ -72,10 +58,10 @@ def test_under_a_flood_each_command_is_answered_once_in_order(
     lab: Lab, builds: Builds, key: str, times: int
 ) -> None:
     with held(lab, builds(key), Flood) as (guest, flood):
-        before = sockets(guest.process.pid)
+        before = guest.sockets()
         with flood:
             relays = flooded(guest, flood, times)
-            assert sockets(guest.process.pid) == before
+            assert guest.sockets() == before
         flood.check()
         assert flood.events == []
         assert [r.hidden() for r in relays] == [{"STOP": 1, "RESUME": 1}] * times
@@ -172,12 +158,12 @@ NEXT = b'{"return": {"name": "guest"}, "id": "next"}\r'
 def test_a_command_begun_before_we_come(lab: Lab, builds: Builds) -> None:
     """Its client goes on with it: it gets its connection back, and it is tried again."""
     with held(lab, builds(NEWEST), Client) as (guest, client):
-        began = sockets(guest.process.pid)
+        began = guest.sockets()
         client.write(b'{"execute": "query-name", "id": "cu')
         with ThreadPoolExecutor(1) as pool:
-            until(lambda: fds_unread(guest) == 0)
+            until(lambda: guest.unread() == 0)
             borrowing = pool.submit(guest.borrow, settle=1.0)
-            until(lambda: sockets(guest.process.pid) != began)
+            until(lambda: guest.sockets() != began)
             client.write(b't"}')
             assert client.message() == {"return": {"name": "guest"}, "id": "cut"}
             client.write(b'{"execute": "query-name", "id": "whole"}')
@@ -188,12 +174,20 @@ def test_a_command_begun_before_we_come(lab: Lab, builds: Builds) -> None:
             assert relay.monitor.execute("query-name") == {"name": "guest"}
             relay.give_back(guest.tracer)
         assert client.ask("query-name") == {"name": "guest"}
-        assert sockets(guest.process.pid) == began
+        assert guest.sockets() == began
 
 
-def fds_unread(guest: Held) -> int:
-    with fds.take_fd(guest.process.pidfd, guest.number) as fd, clients.socket_of(fd) as sock:
-        return streams.unread(sock)
+def test_a_session_that_is_not_negotiated(lab: Lab, builds: Builds) -> None:
+    """It goes on as if nothing had been."""
+    with held(lab, builds(NEWEST), Wire) as (guest, wire):
+        with wire:
+            until(lambda: wire.received.endswith(b"\n"))
+            already = len(wire.received)
+            with pytest.raises(MonitorError, match="negotiated"):
+                guest.borrow()
+            wire.send(b'{"execute": "qmp_capabilities"}{"execute": "query-name"}')
+            until(lambda: wire.received[already:].count(b"\n") == 2)
+            assert wire.received[already:] == b'{"return": {}}\r\n{"return": {"name": "guest"}}\r\n'
 
 
 @pytest.mark.parametrize("padding", [b"", b" " * 50_000])
@@ -219,46 +213,6 @@ def test_a_command_begun_while_we_are_there(lab: Lab, builds: Builds, padding: b
         assert client.ask("query-name") == {"name": "guest"}
 
 
-@every
-def test_a_client_that_hangs_up(lab: Lab, builds: Builds, key: str) -> None:
-    with held(lab, builds(key), Client) as (guest, client), guest.borrow() as relay:
-        client.close()
-        until(lambda: relay.client_gone)
-        assert relay.monitor.execute("query-name") == {"name": "guest"}
-        assert relay.quiesce(5)
-        relay.give_back(guest.tracer)
-        other = Client(guest.address)
-        assert other.ask("query-name") == {"name": "guest"}
-        other.close()
-
-
-@every
-def test_a_client_that_does_not_read(
-    lab: Lab, builds: Builds, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """QEMU's words are cut by the end of its room when we come, and wait with us while we are there."""
-    with held(lab, builds(key), Client) as (guest, client):
-        ask = b'{"execute": "query-commands", "id": %d}'
-        client.write(b"".join(ask % number for number in range(40)))
-        until(lambda: fds_unread(guest) == 0)
-        relay = guest.borrow()
-        client.write(b"".join(ask % number for number in range(40, 60)))
-        assert relay.quiesce(10)
-        assert relay.undelivered > 0
-        with monkeypatch.context() as patch:
-            patch.setattr(clients, "widen", lambda _: False)
-            with pytest.raises(TimeoutError, match="does not read"):
-                relay.give_back(guest.tracer, timeout=0.3)
-        assert relay.monitor.execute("query-name") == {"name": "guest"}
-        client.write(ask % 60)
-        until(lambda: relay.passed == 21)
-        relay.give_back(guest.tracer)
-        client.write(ask % 61)
-        replies = [client.message() for _ in range(62)]
-        assert [reply["id"] for reply in replies] == list(range(62))
-        assert len({json.dumps(reply["return"]) for reply in replies}) == 1
-
-
 @pytest.mark.parametrize("key", [NEWEST, pytest.param(KEYS[0], marks=full)])
 def test_over_tcp(lab: Lab, builds: Builds, key: str) -> None:
     port = free_port()
@@ -280,7 +234,7 @@ def test_over_tcp(lab: Lab, builds: Builds, key: str) -> None:
 def test_lines_that_are_set_prettily(lab: Lab, builds: Builds) -> None:
     """With pretty=on a message has many lines."""
     path = lab.directory / "pretty"
-    words = f"-chardev socket,id=pretty,path={path},server=on,wait=off -mon chardev=pretty,mode=control,pretty=on".split()
+    words = f"-chardev socket,id=a,path={path},server=on,wait=off -mon chardev=a,mode=control,pretty=on".split()
     with held(lab, builds(NEWEST), Wire, *words, address=path) as (guest, wire):
         with wire:
             query = b'{"execute": "query-name", "id": 1}'
@@ -297,125 +251,3 @@ def test_lines_that_are_set_prettily(lab: Lab, builds: Builds) -> None:
                 relay.give_back(guest.tracer)
             wire.send(query)
             until(lambda: wire.received[already:] == reply + reply)
-
-
-@every
-@pytest.mark.parametrize("through_us", [True, False])
-def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_us: bool) -> None:
-    """What the client says meanwhile is answered by the new QEMU."""
-    with held(lab, builds(key), Flood) as (guest, flood):
-        with flood:
-            relay = guest.borrow()
-            assert relay.quiesce(5)
-            already = flood.answered
-            with reexecuted(guest, relay.kept) as (anew, sock):
-                assert relay.kept.holds(guest.process.pid)
-                assert flood.answered == already
-                if through_us:
-                    relay.reconnect(sock)
-                    relay.release()
-                    assert relay.monitor.execute("query-status")["status"] == "prelaunch"
-                else:
-                    open_session(sock, "new", timeout=10)
-                relay.give_back(anew.tracer, anew.number)
-            until(lambda: flood.answered > already + 5)
-        flood.check()
-
-
-def test_out_of_band_execution_stays_negotiated(lab: Lab, builds: Builds) -> None:
-    oob = {"exec-oob": "migrate-pause", "id": "oob"}
-    with held(lab, builds(NEWEST), lambda address: Client(address, oob=True)) as (guest, client):
-        with guest.borrow() as relay:
-            assert relay.oob
-            client.send(oob)
-            first = client.message()
-            assert relay.quiesce(5)
-            with reexecuted(guest, relay.kept) as (anew, sock):
-                relay.reconnect(sock)
-                relay.give_back(anew.tracer, anew.number)
-        client.send(oob)
-        assert client.message() == first
-        assert "QMP input" not in str(first)
-
-
-# we die ------------------------------------------------------------------------------------------------------
-
-BORROW = """
-import sys, time
-from cpr.engines.relay import Relay
-from cpr.linux.process import open_process
-from cpr.linux.tracer import Tracer
-pid, number = map(int, sys.argv[1:])
-with open_process(pid) as process, Tracer.start(process) as tracer:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    relay = Relay.borrow(process, tracer, number, until=time.monotonic() + 10)
-    print(relay.kept.number, relay.kept.inode, flush=True)
-    time.sleep(100)
-"""
-
-
-@contextlib.contextmanager
-def borrower(guest: Held) -> Iterator[subprocess.Popen[str]]:
-    """Another process that borrows when it is told to, and is killed at the end."""
-    call = [sys.executable, "-c", BORROW, str(guest.process.pid), str(guest.number)]
-    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as popen:
-        try:
-            assert popen.stdout is not None
-            assert popen.stdout.readline() == "ready\n"
-            yield popen
-        finally:
-            popen.kill()
-
-
-def go(popen: subprocess.Popen[str]) -> None:
-    assert popen.stdin is not None
-    popen.stdin.write("go\n")
-    popen.stdin.flush()
-
-
-@every
-def test_we_die_and_the_client_gets_its_session_back(lab: Lab, builds: Builds, key: str) -> None:
-    with held(lab, builds(key), Client) as (guest, client):
-        before = sockets(guest.process.pid)
-        with borrower(guest) as popen:
-            go(popen)
-            assert popen.stdout is not None
-            number, inode = map(int, popen.stdout.readline().split())
-            assert client.ask("query-name") == {"name": "guest"}
-        client.send({"execute": "query-name", "id": "meanwhile"})
-        kept = graft.Kept(number=number, inode=inode)
-        repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.address)), kept)
-        assert client.message()["id"] == "meanwhile"
-        assert client.ask("query-status")["running"] is False
-        assert len(sockets(guest.process.pid)) == len(before)
-        assert not kept.holds(guest.process.pid)
-        with pytest.raises(StepFailed):
-            graft.put_back(guest.process, guest.tracer, kept, guest.number, lambda: True, time.monotonic())
-
-
-@pytest.mark.parametrize("times", [3, pytest.param(40, marks=full)])
-def test_we_die_at_any_moment(lab: Lab, builds: Builds, times: int) -> None:
-    """Either the client has its session, or its connection is kept and it can be given back."""
-    moments = random.Random(times)  # noqa: S311
-    with held(lab, builds(NEWEST), Client) as (guest, client):
-        for _ in range(times):
-            inode = graft.socket_inode(guest.process.pid, guest.number)
-            with borrower(guest) as popen:
-                go(popen)
-                time.sleep(moments.uniform(0, 0.05))
-            until(lambda: proc.read_status(guest.process.pid).tracer == 0)  # noqa: B023
-            numbers = [n for n, target in sockets(guest.process.pid) if target == f"socket:[{inode}]"]
-            assert numbers
-            if guest.number not in numbers:
-                until(lambda: waits(guest))  # noqa: B023
-                kept = graft.Kept(number=max(numbers), inode=inode)
-                repair(guest.process, guest.tracer, MonitorAddress(label="qmp", path=str(guest.address)), kept)
-                (number,) = [n for n, target in sockets(guest.process.pid) if target == f"socket:[{inode}]"]
-                guest = replace(guest, number=number)
-            assert client.ask("query-name") == {"name": "guest"}
-
-
-def waits(guest: Held) -> bool:
-    """QEMU has noticed that its client, which we were, is gone."""
-    return guest.number not in dict(sockets(guest.process.pid))
