@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING
 from cpr.errors import StepFailed
 from cpr.linux import fds, sockdiag
 from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach
+from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.qemu.clients import descriptor_targets, socket_numbers, socket_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cpr.linux.process import Process
-    from cpr.linux.tracer import Tracer
 
 PAUSE = 0.0007
 """Seconds between two tries: about what QEMU takes for a long command, which it reads byte by byte."""
@@ -150,7 +149,7 @@ def swap_in(
     """Have one end of a socket pair of ours stand in for the accepted connection `number`, when it is `ready`; `then`
     comes before the process goes on.
 
-    Should the tracer die in the middle, the swap has been made or not; the difference is told by the exception. At
+    Should the tracer die in the middle, the swap has been made, and this returns, or it has not, and this raises. At
     worst two sockets that nobody uses stay open in the process.
 
     Raises:
@@ -176,7 +175,7 @@ def swap_in(
     except BaseException:
         for one in made:
             with contextlib.suppress(Exception):
-                put_back(process, tracer, one.kept, number, lambda: True, time.monotonic())
+                surely_put_back(process, tracer, one.kept, number, lambda: True, time.monotonic())
             one.ours.close()
         client.close()
         raise
@@ -243,7 +242,7 @@ def put_back(
 ) -> Stopped:
     """Have the kept connection take the place of `number`, when it is `ready`; it is kept no longer.
 
-    Should the tracer die in the middle, it may have taken its place and be kept still: a second time does no harm.
+    Should the tracer die in the middle, it may have taken its place already: a second time does no harm.
 
     Raises:
         TimeoutError: never ready by `until`. ConnectionError: the tracer died. StepFailed: it is not kept there, or
@@ -252,16 +251,30 @@ def put_back(
     times: list[float] = []
 
     def as_it_was() -> bool:
-        if not kept.holds(process.pid):
+        there = socket_inode(process.pid, number)
+        if there != kept.inode and not kept.holds(process.pid):
             raise StepFailed("give a monitor back", f"the client's connection is not kept as descriptor {kept.number}")
-        if not socket_inode(process.pid, number):
+        if not there:
             raise StepFailed("give a monitor back", f"descriptor {number} is no connection any more")
         return ready()
 
     def put() -> None:
         targets = descriptor_targets(process.pid)
-        calls = [Call("dup3", (kept.number, number, os.O_CLOEXEC)), *_closing(targets, kept.inode, but=number)]
+        calls = _closing(targets, kept.inode, but=number)
+        if socket_inode(process.pid, number) != kept.inode:
+            calls.insert(0, Call("dup3", (kept.number, number, os.O_CLOEXEC)))
         tracer.run(Batch(tuple(calls)))
 
     _when(tracer, as_it_was, put, until, f"descriptor {number} never comes to rest", times)
     return Stopped(times=times)
+
+
+def surely_put_back(
+    process: Process, tracer: Tracer, kept: Kept, number: int, ready: Callable[[], bool], until: float
+) -> Stopped:
+    """As `put_back`, by another tracer where this one is dead: one ends with the first operation that fails."""
+    try:
+        return put_back(process, tracer, kept, number, ready, until)
+    except ConnectionError:
+        with Tracer.start(process) as another:
+            return put_back(process, another, kept, number, ready, until)

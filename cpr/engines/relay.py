@@ -246,7 +246,7 @@ class Relay:
 
         Raises:
             TimeoutError: not within `timeout` seconds: the client does not read, or QEMU does not answer. The relay is
-            in place as before. ConnectionError: the tracer died. StepFailed: no such descriptor. OSError.
+            in place as before. ConnectionError: no tracer lives. StepFailed: no such descriptor. OSError.
         """
         until = time.monotonic() + timeout
         if not self._pump.qemu_gone and not self.quiesce(timeout):
@@ -286,7 +286,7 @@ class Relay:
             return pump.delivered and (pump.at_rest or pump.qemu_gone)
 
         with pump.changed:
-            self.stopped.append(graft.put_back(self._process, tracer, self.kept, number, at_rest, until))
+            self.stopped.append(graft.surely_put_back(self._process, tracer, self.kept, number, at_rest, until))
 
     def _back_out(self, tracer: Tracer, until: float) -> None:
         """Give back what we came into in the wrong moment. Nothing that QEMU has read may be of ours."""
@@ -298,7 +298,7 @@ class Relay:
             return pump.delivered
 
         with pump.changed:
-            graft.put_back(self._process, tracer, self.kept, self.number, as_found, until)
+            graft.surely_put_back(self._process, tracer, self.kept, self.number, as_found, until)
         self.close()
 
     def close(self) -> None:

@@ -183,7 +183,7 @@ class Typed:
             return not self._to_client.size
 
         self._ready = False
-        self.stopped.append(graft.put_back(self._process, tracer, self.kept, number, delivered, until))
+        self.stopped.append(graft.surely_put_back(self._process, tracer, self.kept, number, delivered, until))
         self.close()
 
     def close(self) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,8 +18,9 @@ import pytest
 
 from cpr.engines import graft
 from cpr.engines.mend import open_session, repair
-from cpr.errors import StepFailed
+from cpr.errors import MonitorError, StepFailed
 from cpr.linux import proc
+from cpr.linux.tracer import Tracer
 from cpr.model import MonitorAddress
 from cpr.qemu import clients
 from tests.qemu.managers import Client, Flood, held
@@ -167,7 +171,8 @@ def test_we_die_and_the_client_gets_its_session_back(lab: Lab, builds: Builds, k
         assert len(guest.sockets()) == len(before)
         assert not kept.holds(guest.process.pid)
         with pytest.raises(StepFailed):
-            graft.put_back(guest.process, guest.tracer, kept, guest.number, lambda: True, time.monotonic())
+            stray = graft.Kept(number=number, inode=1)
+            graft.put_back(guest.process, guest.tracer, stray, guest.number, lambda: True, time.monotonic())
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(40, marks=full)])
@@ -188,6 +193,42 @@ def test_we_die_at_any_moment(lab: Lab, builds: Builds, times: int) -> None:
                 (number,) = [n for n, target in guest.sockets() if target == f"socket:[{inode}]"]
                 guest = replace(guest, number=number)
             assert client.ask("query-name") == {"name": "guest"}
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(60, marks=full)])
+def test_the_tracer_dies_at_any_moment(lab: Lab, builds: Builds, times: int) -> None:
+    """Either the monitor is borrowed all the same, or its client has it; and it is given back by another tracer."""
+    moments = random.Random(times)  # noqa: S311
+    borrowed = 0
+    with held(lab, builds(NEWEST), Client) as (guest, client):
+        for _ in range(times):
+            with Tracer.start(guest.process) as tracer:
+                dying = threading.Timer(moments.uniform(0, 0.02), os.kill, (tracer.pid, signal.SIGKILL))
+                dying.start()
+                relay = None
+                with contextlib.suppress(ConnectionError):
+                    relay = replace(guest, tracer=tracer).borrow(settle=0.0)
+                dying.join()
+                if relay is not None:
+                    borrowed += 1
+                    client.send({"execute": "query-name", "id": "mine"})
+                    assert relay.monitor.execute("query-name") == {"name": "guest"}
+                    assert client.message()["id"] == "mine"
+                    relay.give_back(tracer)
+            assert client.ask("query-name") == {"name": "guest"}
+    assert times < 10 or 0 < borrowed < times
+
+
+def test_a_qemu_that_hangs(lab: Lab, builds: Builds) -> None:
+    """Nothing that we said to it is left when it goes on."""
+    with held(lab, builds(NEWEST), Client) as (guest, client):
+        guest.process.signal(signal.SIGSTOP)
+        client.send({"execute": "query-name", "id": "before"})
+        with pytest.raises(MonitorError, match="no answer"):
+            guest.borrow(0.1)
+        guest.process.signal(signal.SIGCONT)
+        assert client.message()["id"] == "before"
+        assert client.ask("query-name") == {"name": "guest"}
 
 
 def waits(guest: Held) -> bool:
