@@ -146,8 +146,8 @@ def swap_in(
     until: float,
     then: Callable[[Swapped], None] = lambda _: None,
 ) -> Swapped:
-    """Have one end of a socket pair of ours stand in for the accepted connection `number`, when it is `ready`; `then`
-    comes before the process goes on.
+    """Have one end of a socket pair of ours stand in for the accepted connection `number`, when it is `ready`, which is
+    asked once before as well, while the process runs; `then` comes before it goes on.
 
     Should the tracer die in the middle, the swap has been made, and this returns, or it has not, and this raises. At
     worst two sockets that nobody uses stay open in the process.
@@ -171,6 +171,7 @@ def swap_in(
         then(made[0])
 
     try:
+        ready(client)
         _when(tracer, as_it_was, swap, until, f"descriptor {number} is never between two commands", times)
     except BaseException:
         for one in made:

@@ -74,6 +74,9 @@ class Relay:
         """How often we came in and found a command begun."""
         self._process = process
         self._client = swapped.client
+        self._ours = swapped.ours
+        self._asked = False
+        """Something of ours was sent to QEMU."""
         self._pump = Pump(swapped.client, swapped.ours, hide=hide)
         self._monitor: Monitor | None = None
         self._closed = False
@@ -106,7 +109,7 @@ class Relay:
             relay.stopped, relay.backed_out = stops, len(stops) - 1
             try:
                 relay._pump.start()
-                if relay._settle(settle):
+                if relay._settle(settle, until):
                     relay._open(until)
                     return relay
                 relay._back_out(tracer, until)
@@ -117,14 +120,23 @@ class Relay:
             if time.monotonic() > until:
                 raise TimeoutError(f"{name}: its client was never between two commands in {len(stops)} tries")
 
-    def _settle(self, seconds: float) -> bool:
+    def _settle(self, seconds: float, until: float) -> bool:
         """Whether the client has begun a command, or is silent. Only what QEMU says is passed on meanwhile."""
         pump = self._pump
         with pump.changed:
             pump.wait(lambda: pump.cut or pump.client_gone or not pump.unsure, time.monotonic() + seconds)
-            if not pump.cut:
-                pump.unsure = False
-            return not pump.cut
+            pump.unsure = pump.cut
+            if pump.cut:
+                return False
+        while self._rest_unread() and time.monotonic() < until:
+            time.sleep(0.001)
+        if self._rest_unread():
+            raise MonitorError(self.name, "QEMU has stopped to read in the middle of a command")
+        return True
+
+    def _rest_unread(self) -> bool:
+        """QEMU has not read all of what it had begun to read when we came in."""
+        return not self._asked and streams.unsent(self._ours) > 0
 
     def _open(self, until: float) -> None:
         """The first words of ours; then the client's go on."""
@@ -134,9 +146,9 @@ class Relay:
             raise MonitorError(self.name, "its client has not negotiated")
         self.oob = "does not support OOB" in str(self._ask(_FENCE, until, "exec-oob"))
         with self._pump.changed:
-            self._pump.held = False
-            self._pump.greeting = {"QMP": {"version": version.get("return"), "capabilities": []}}
+            self._pump.greeting = {"QMP": {"version": version["return"], "capabilities": []}}
         self._connect_own()
+        self.release()
 
     def _connect_own(self) -> None:
         with self._pump.changed:
@@ -147,6 +159,7 @@ class Relay:
 
     def _ask(self, command: str, until: float, key: str = "execute") -> dict[str, Any]:
         pump = self._pump
+        self._asked = True
         with pump.changed:
             asked = pump.ask(command, key)
             pump.wait(lambda: pump.reply(asked), until)
@@ -295,7 +308,7 @@ class Relay:
         def as_found() -> bool:
             pump.drain()
             pump.hand_over()
-            return pump.delivered
+            return pump.delivered and not self._rest_unread()
 
         with pump.changed:
             graft.surely_put_back(self._process, tracer, self.kept, self.number, as_found, until)
@@ -319,14 +332,16 @@ class Relay:
 
 
 class _Entrance:
-    """Whether we may come in: nothing waits to be read, or it begins a command, or the rest of one that is begun is
-    all there, with another one behind it. Then that rest goes on through us before QEMU does."""
+    """Whether we may come in: nothing waits to be read, or it begins a command, or the rest of one that QEMU is reading
+    is all there, with another one behind it. Then that rest goes on through us before QEMU does."""
 
     def __init__(self) -> None:
         self._rest = streams.Unread()
+        self._unread = 0
 
     def is_open(self, client: socket.socket) -> bool:
         self._rest = streams.Unread()
+        before, self._unread = self._unread, streams.unread(client)
         try:
             waiting = streams.look(client)
         except EOFError:
@@ -335,7 +350,7 @@ class _Entrance:
             return True
         end = framing.end_of_begun(waiting.data)
         self._rest = streams.Unread(waiting.data[:end], waiting.carries)
-        return 0 < end <= LONGEST_REST
+        return 0 < end <= LONGEST_REST and 0 != before != self._unread  # it reads, and so will read the rest of it
 
     def pass_rest(self, swapped: Swapped) -> None:
         data, size = self._rest.data, len(self._rest.data)

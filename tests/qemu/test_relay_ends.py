@@ -231,6 +231,21 @@ def test_a_qemu_that_hangs(lab: Lab, builds: Builds) -> None:
         assert client.ask("query-name") == {"name": "guest"}
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=full)])
+def test_a_qemu_that_stops_in_the_middle_of_a_command(lab: Lab, builds: Builds, times: int) -> None:
+    with held(lab, builds(NEWEST), Flood) as (guest, flood):
+        with flood:
+            for _ in range(times):
+                already = flood.answered
+                until(lambda already=already: flood.answered > already + 5)  # type: ignore[misc]
+                guest.process.signal(signal.SIGSTOP)
+                until(lambda: proc.is_stopped(guest.process.pid))
+                with pytest.raises((MonitorError, TimeoutError)):
+                    guest.borrow(0.05)
+                guest.process.signal(signal.SIGCONT)
+        flood.check()
+
+
 def waits(guest: Held) -> bool:
     """QEMU has noticed that its client, which we were, is gone."""
     return guest.number not in dict(guest.sockets())
