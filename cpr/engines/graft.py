@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from cpr.linux.process import Process
 
-PAUSE = 0.0007
-"""Seconds between two tries: about what QEMU takes for a long command, which it reads byte by byte."""
+PAUSE = 0.002
+"""Seconds that the process runs between two tries."""
 HIGH = 200
 """From which number on a connection is kept: out of the way of what QEMU opens meanwhile."""
 

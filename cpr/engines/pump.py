@@ -104,9 +104,10 @@ class Pump:
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
 
-    def wait(self, ready: Callable[[], Any], until: float) -> bool:
-        """Wait, without holding up the pump, until it is so, QEMU is gone or the pump failed. Whether it is so."""
-        over = lambda: ready() or self.qemu_gone or self.error is not None
+    def wait(self, ready: Callable[[], Any], until: float, *, of_qemu: bool = True) -> bool:
+        """Wait, without holding up the pump, until it is so, the pump failed or, if it is QEMU's to do, QEMU is gone.
+        Whether it is so."""
+        over = lambda: ready() or (of_qemu and self.qemu_gone) or self.error is not None
         self.wake()
         self.changed.wait_for(over, max(0.0, until - time.monotonic()))
         return bool(ready())

@@ -262,7 +262,7 @@ class Relay:
             in place as before. ConnectionError: no tracer lives. StepFailed: no such descriptor. OSError.
         """
         until = time.monotonic() + timeout
-        if not self._pump.qemu_gone and not self.quiesce(timeout):
+        if not self.quiesce(timeout) and not self._pump.qemu_gone:
             raise TimeoutError(f"{self.name}: not everything was answered within {timeout:g} s")
         widened = self._deliver(until)
         try:
@@ -282,7 +282,7 @@ class Relay:
         with pump.changed:
             if not pump.delivered:
                 widened = clients.widen(self._client)
-                pump.wait(lambda: pump.delivered, until)
+                pump.wait(lambda: pump.delivered, until, of_qemu=False)
             if not pump.delivered:
                 if not pump.qemu_gone:
                     pump.held = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -228,6 +229,15 @@ def test_over_tcp(lab: Lab, builds: Builds, key: str) -> None:
             repair(guest.process, guest.tracer, address, relay.kept)
             already = flood.answered
             until(lambda: flood.answered > already + 5)
+        flood.check()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may suspend a seccomp filter")
+def test_a_qemu_in_its_sandbox(lab: Lab, builds: Builds) -> None:
+    words = ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    with held(lab, builds(NEWEST), Flood, *words) as (guest, flood):
+        with flood:
+            flooded(guest, flood, 1)
         flood.check()
 
 
