@@ -108,15 +108,15 @@ def test_qemu_is_replaced_in_place(lab: Lab, builds: Builds, key: str, through_u
 def test_qemu_is_replaced_while_the_client_does_not_read(lab: Lab, builds: Builds) -> None:
     with held(lab, builds(NEWEST), Client) as (guest, client):
         ask = b'{"execute": "query-commands", "id": %d}'
-        client.write(b"".join(ask % number for number in range(40)))
+        client.write(b"".join(ask % number for number in range(60)))
         relay = guest.borrow()
+        until(lambda: relay.undelivered > 0)
         assert relay.quiesce(10)
-        client.write(ask % 40)
-        assert relay.undelivered > 0
+        client.write(ask % 60)
         with reexecuted(guest, relay.kept) as (anew, sock):
             open_session(sock, "new", timeout=10)
             relay.give_back(anew.tracer, anew.number)
-        assert [client.message()["id"] for _ in range(41)] == list(range(41))
+        assert [client.message()["id"] for _ in range(61)] == list(range(61))
 
 
 def test_out_of_band_execution_stays_negotiated(lab: Lab, builds: Builds) -> None:
