@@ -31,6 +31,11 @@ class Part:
         self._descriptors: list[int] = []
 
     @property
+    def size(self) -> int:
+        """Bytes that were taken."""
+        return len(self._data)
+
+    @property
     def begun(self) -> bool:
         return bool(self._data or self._descriptors)
 

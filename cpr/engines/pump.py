@@ -164,8 +164,8 @@ class Pump:
 
     @property
     def begun(self) -> bool:
-        """A part of a client's command was taken out of its queue."""
-        return self._parts["client"].begun
+        """A part of a client's command was taken out of its queue, and the rest may come."""
+        return self._parts["client"].begun and not self.client_gone
 
     @property
     def at_rest(self) -> bool:
@@ -234,23 +234,26 @@ class Pump:
             self.cut = begins is False
             self.unsure = begins is not True
             return False
+        before = part.size
         messages = part.take(self._client, waiting, most=1 if self.held else 0)
         for message, descriptors in messages:
             self._to_qemu.put(message, descriptors)
             self.passed += 1
-        return bool(messages)
+        return bool(messages) or part.size != before
 
     def _from_own(self) -> bool:
         if self._own is None or self.unsure or self._to_qemu.size or self.qemu_gone:
             return False
+        part = self._parts["own"]
+        before = part.size
         try:
-            messages = self._parts["own"].take(self._own, streams.look(self._own))
+            messages = part.take(self._own, streams.look(self._own))
         except (EOFError, OSError):
             self._drop_own()
             return True
         for data, descriptors in messages:
             self._own_command(data, descriptors)
-        return bool(messages)
+        return bool(messages) or part.size != before
 
     def _own_command(self, data: bytes, descriptors: list[int]) -> None:
         message = framing.parse(data) or {}

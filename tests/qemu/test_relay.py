@@ -178,6 +178,18 @@ def test_a_command_begun_before_we_come(lab: Lab, builds: Builds) -> None:
         assert guest.sockets() == began
 
 
+def test_what_is_taken_in_parts_is_followed_by_what_waits(lab: Lab, builds: Builds) -> None:
+    """Nothing tells us of it a second time."""
+    with held(lab, builds(NEWEST), Client) as (guest, client), guest.borrow() as relay:
+        assert relay.quiesce(5)
+        with open("/dev/null") as file:
+            client.write(b" ", file.fileno())
+        client.write(b'{"execute": "query-name", "id": 1}')
+        relay.release()
+        assert client.message()["id"] == 1
+        relay.give_back(guest.tracer)
+
+
 def test_a_session_that_is_not_negotiated(lab: Lab, builds: Builds) -> None:
     """It goes on as if nothing had been."""
     with held(lab, builds(NEWEST), Wire) as (guest, wire):

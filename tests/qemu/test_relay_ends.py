@@ -54,6 +54,19 @@ def test_a_client_that_hangs_up(lab: Lab, builds: Builds, key: str) -> None:
         other.close()
 
 
+def test_a_client_that_hangs_up_in_the_middle_of_a_long_command(lab: Lab, builds: Builds) -> None:
+    with held(lab, builds(NEWEST), Client) as (guest, client), guest.borrow() as relay:
+        client.write(b'{"execute": "query-name"}{"execute": "' + b"x" * 50_000)
+        assert client.message() == {"return": {"name": "guest"}}
+        assert not relay.quiesce(0.2)
+        client.close()
+        until(lambda: relay.client_gone)
+        relay.give_back(guest.tracer)
+        other = Client(guest.address)
+        assert other.ask("query-name") == {"name": "guest"}
+        other.close()
+
+
 @every
 def test_a_client_that_does_not_read(
     lab: Lab, builds: Builds, key: str, monkeypatch: pytest.MonkeyPatch
