@@ -32,11 +32,12 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from cpr.engines import graft
+from cpr.engines.entrance import Entrance
 from cpr.engines.mend import open_session
 from cpr.engines.pump import Pump
 from cpr.errors import MonitorError
 from cpr.linux import streams
-from cpr.qemu import clients, framing, qmp
+from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -52,8 +53,6 @@ HIDDEN_WHILE_LOADING = HIDDEN | {"VSERPORT_CHANGE"}
 
 SETTLE_SECONDS = 0.05
 ANSWER_SECONDS = 5.0
-LONGEST_REST = 8192
-"""Bytes that fit into our socket at once."""
 _FENCE = "query-version"
 """Commands are answered in their order, so that when this one is, all before it are."""
 
@@ -102,7 +101,7 @@ class Relay:
         """
         stops: list[Stopped] = []
         while True:
-            entrance = _Entrance()
+            entrance = Entrance()
             swapped = graft.swap_in(process, tracer, number, entrance.is_open, until, entrance.pass_rest)
             stops.append(swapped.stopped)
             relay = cls(process, name, number, swapped, hide)
@@ -329,39 +328,3 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Entrance:
-    """Whether we may come in: nothing waits to be read, or it begins a command, or the rest of one that QEMU is reading
-    is all there, with another one behind it. Then that rest goes on through us before QEMU does."""
-
-    def __init__(self) -> None:
-        self._rest = streams.Unread()
-        self._unread = 0
-
-    def is_open(self, client: socket.socket) -> bool:
-        self._rest = streams.Unread()
-        before, self._unread = self._unread, streams.unread(client)
-        try:
-            waiting = streams.look(client)
-        except EOFError:
-            return True
-        if not waiting.data.strip() or framing.begins_command(waiting.data):
-            return True
-        end = framing.end_of_begun(waiting.data)
-        self._rest = streams.Unread(waiting.data[:end], waiting.carries)
-        return 0 < end <= LONGEST_REST and 0 != before != self._unread  # it reads, and so will read the rest of it
-
-    def pass_rest(self, swapped: Swapped) -> None:
-        data, size = self._rest.data, len(self._rest.data)
-        if data:
-            at = size
-            descriptors: list[int] = []
-            if self._rest.carries:
-                at, descriptors = streams.take_marked(swapped.client, size)
-            else:
-                streams.take_all(swapped.client, size)
-            outgoing = streams.Outgoing(swapped.ours)
-            outgoing.put(data[:at])
-            outgoing.put(data[at:], descriptors)
-            outgoing.flush()
