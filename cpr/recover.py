@@ -195,11 +195,14 @@ def _in_place(record: Record) -> Outcome:
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     if not back and not recover_in_place.executed(record):
         as_before(process, fact.get("changed", ()), fact.get("placed", ()))
-        return _back(record)
+        outcome = _back(record)
+        lost = recover_in_place.mend_monitors(record, process)
+        return replace(outcome, notes=(*outcome.notes, *lost))
     try:
         with _monitor(record, pid) as monitor:
             runstate, lost = recover_in_place.arrive(record, process, monitor, fact)
             lost += recover_in_place.put_in_order(record, process, monitor, fact)
+            lost += recover_in_place.mend_monitors(record, process)
             outcome = _arrived(record, monitor, runstate, lost, pid)
     except (CprError, OSError) as error:
         which = "the old QEMU, started again" if back else "the new QEMU"

@@ -16,7 +16,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import stream
+from cpr.engines import graft, mend, stream
+from cpr.engines.borrow import BORROWED
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners
 from cpr.errors import CommandFailed, CprError
@@ -24,7 +25,7 @@ from cpr.linux import proc
 from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
-from cpr.model import Runstate
+from cpr.model import MonitorAddress, Runstate
 from cpr.qemu.clients import socket_numbers
 
 if TYPE_CHECKING:
@@ -155,3 +156,19 @@ def _close(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
     except (CprError, OSError) as error:
         return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"]
     return []
+
+
+def mend_monitors(record: Record, process: Process) -> list[str]:
+    """Give the clients whose monitors were borrowed their sessions back. What could not be done, in words."""
+    lost = []
+    for name, fact in record.facts.items():
+        if not name.startswith(BORROWED):
+            continue
+        try:
+            kept = graft.find_kept(process.pid, int(fact["number"]), int(fact["inode"]))
+            if kept is not None:
+                with Tracer.start(process) as tracer:
+                    mend.repair(process, tracer, MonitorAddress(**fact["address"]), kept)
+        except (CprError, OSError, TimeoutError) as error:
+            lost.append(f"the client of the monitor {name.removeprefix(BORROWED)} has no session: {error}")
+    return lost

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, stream
+from cpr.engines.borrow import relays
 from cpr.engines.inplace import STATE, InPlace, in_place
 from cpr.engines.prepare import greet
 from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
@@ -124,6 +125,7 @@ class ExecNew(Step):
         pid = self.guest.process.pid
         there = clients.descriptor_targets(pid)
         survive = [*kept.clients.values(), kept.given[STATE]]
+        survive += [relay.kept.number for relay in relays(run).values()]
         moved: list[tuple[int, int]] = []
         for entry in self.successor.inherited:
             if entry.source is not None:

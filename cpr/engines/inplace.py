@@ -106,13 +106,6 @@ class PrepareExec(Step):
             run.extra["control"] = ours
             with theirs:
                 self._give(run, kept, new.control, theirs.fileno())
-        migration.prepare(run.monitor, migration.ONE_WAY)
-        here, there = socket.socketpair()
-        run.closing.callback(here.close)
-        with there:
-            run.monitor.send_fd(stream.NAME, there.fileno())
-        run.extra["stream"] = here
-        kept.files = clients.files_among(clients.descriptor_targets(pid))
         run.notes += new.notes
 
     def _give(self, run: Run, kept: InPlace, name: str, number: int) -> None:
@@ -139,14 +132,39 @@ class PrepareExec(Step):
         kept.tracer.close()
         if kept.executed:
             return
-        for name in (*kept.given, stream.NAME):
+        for name in kept.given:
             with contextlib.suppress(CommandFailed):
                 run.monitor.execute("closefd", fdname=_label(name))
-        migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
 
 
 def _label(name: str) -> str:
     return name.replace(":", "-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSave(Step):
+    """Capabilities and parameters for the saving of the state, and the way that it takes to us."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return f"set {', '.join(migration.ONE_WAY)} for the saving of the state"
+
+    def do(self, run: Run) -> None:
+        migration.prepare(run.monitor, migration.ONE_WAY)
+        here, there = socket.socketpair()
+        run.closing.callback(here.close)
+        with there:
+            run.monitor.send_fd(stream.NAME, there.fileno())
+        run.extra["stream"] = here
+        in_place(run).files = clients.files_among(clients.descriptor_targets(self.guest.process.pid))
+
+    def undo(self, run: Run) -> None:
+        if in_place(run).executed:
+            return
+        with contextlib.suppress(CommandFailed):
+            run.monitor.execute("closefd", fdname=stream.NAME)
+        migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

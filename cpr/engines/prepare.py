@@ -155,6 +155,7 @@ class OccupyMonitors(Step):
         address = clients.listen_address(listener, chardev.label)
         first, second = clients.two_places(address, self.guest.process.pid, listener)
         run.extra["held"].append(first)
+        run.extra.setdefault("places", {})[chardev.label] = first
         # one that was connected at the check goes down with the old QEMU (--ignore); others only ask something
         if not chardev.connected and not select.select([first], [], [], 5.0)[0]:
             second.close()
@@ -162,6 +163,7 @@ class OccupyMonitors(Step):
         return second
 
     def undo(self, run: Run) -> None:
+        run.extra.pop("places", None)
         for sock in [*run.extra.pop("held", []), *filter(None, [run.extra.pop("control", None)])]:
             sock.close()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.engines import after, arrive, dress, execute, fit, inplace, prepare, switch
+from cpr.engines import after, arrive, borrow, dress, execute, fit, inplace, prepare, switch
 from cpr.engines.handover import unknown_numbers, vnc_listeners
 from cpr.engines.successor import successor
 from cpr.model import Finding, Severity, Target
@@ -43,13 +43,17 @@ class Reexec:
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         new = successor(guest, target, request.run_id, in_place=True)
         back = successor(guest, itself(guest), request.run_id, alone=True)
+        held = borrow.borrowed_monitors(guest)
         plan: list[Step] = [
             prepare.OpenMonitor(guest=guest),
             prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
             prepare.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
-            dress.RehearseState(guest=guest, target=target),
             inplace.PrepareExec(guest=guest, successor=new),
+            *([borrow.BorrowMonitors(guest=guest, monitors=held)] if held else []),
+            dress.RehearseState(guest=guest, target=target),
+            inplace.PrepareSave(guest=guest),
             switch.CompareChains(guest=guest, new=False),
+            *([borrow.QuietenMonitors()] if held else []),
             inplace.SaveState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, new=False, blackout=True),
             execute.ExecNew(
@@ -60,6 +64,8 @@ class Reexec:
             arrive.KeepClients(guest=guest, blackout=True),
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
         ]
+        if held:
+            plan.append(borrow.GiveMonitorsBack(guest=guest))
         if new.vnc:
             plan.append(switch.PassVncListeners(vnc=new.vnc))
         if new.forwards or new.gdb:

@@ -30,7 +30,7 @@ WAITING = 64 << 20
 SHUT_FAILED = struct.pack(">HHI", 1, 4, 1)
 """MIG_RP_MSG_SHUT with an error (migration/migration.h): the one who loads has failed."""
 
-NAME = "cpr-state"
+NAME = "cpr-rehearsal"
 MEMFD = f"/memfd:{NAME}"
 HEADER = struct.Struct(">4sI")
 CONFIGURATION = 0x07

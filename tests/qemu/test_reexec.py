@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cpr.engines.relay import HIDDEN_WHILE_LOADING
 from tests.qemu.conftest import Command, qemus_of
+from tests.qemu.managers import Flood
 from tests.qemu.parties import Qmp, Wire, counted
+from tests.qemu.surveying import until
 from tests.qemu.test_connections import rfb, server, typing
 
 if TYPE_CHECKING:
@@ -78,6 +81,33 @@ def test_the_process_is_the_same_and_everybody_stays_connected(
                 assert monitor.version == builds(key).version
             assert qemus_of(lab) == [pid]
         guest.check()
+
+
+@pytest.mark.parametrize(
+    ("route", "times"), [("7.2 11.1.a", 1), pytest.param("11.1.a 11.1.b", 10, marks=pytest.mark.full)]
+)
+@pytest.mark.timeout(300)
+def test_a_manager_keeps_its_session_and_gets_every_answer(
+    lab: Lab, cpr: Command, builds: Builds, route: str, times: int
+) -> None:
+    """It holds a second QMP socket and sends commands of 3 KB without a pause."""
+    keys = route.split()
+    second = lab.directory / "second"
+    with counted(lab, builds(keys[0]), "-qmp", f"unix:{second},server=on,wait=off") as guest:
+        with Flood(second) as manager:
+            until(lambda: manager.answered > 20)
+            for number in range(times):
+                key = keys[(number + 1) % len(keys)]
+                result = cpr.update(guest.name, builds(key))
+                assert (result.code, result.guest["pid_after"]) == (0, guest.process.pid), str(result)
+                answered = manager.answered
+                until(lambda: manager.answered > answered + 20 or manager.error is not None)  # noqa: B023 - at once
+                manager.check()
+        manager.check()
+        assert not set(manager.events) & HIDDEN_WHILE_LOADING
+        with Qmp(second) as monitor:
+            assert monitor.version == builds(keys[times % len(keys)]).version
+        guest.check(rounds=0)
 
 
 def test_a_paused_guest_stays_paused(lab: Lab, cpr: Command, builds: Builds) -> None:
