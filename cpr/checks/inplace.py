@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpr.checks.registry import blocker, check, note, warning
+from cpr.checks.registry import blocker, check, note
 from cpr.checks.words import some
 
 if TYPE_CHECKING:
@@ -32,16 +32,19 @@ def ptrace(guest: Guest) -> Iterator[Finding]:
     )
 
 
-@check("will-disconnect", "Sessions that end with the old program", engines=REEXEC)
-def will_disconnect(guest: Guest) -> Iterator[Finding]:
-    """A pty ends with the program that made it. `chardev-framing` and `vnc-client` say the rest, for all engines."""
-    for chardev in guest.chardevs:
-        if chardev.backend == "pty" and chardev.in_argv:
-            yield warning(
-                chardev.label,
-                f"will disconnect: the pty of {chardev.label} ends with the old program; the new one makes another, "
-                "whose name query-chardev tells",
-            )
+@check("pty-unknown", "Ptys that cannot be told apart", engines=REEXEC)
+def pty_unknown(guest: Guest) -> Iterator[Finding]:
+    """After an update in place QEMU names a pty by that one's number which it had made itself; one alone is found."""
+    owned = {file.owner for file in guest.open_files if file.kind == "pty"}
+    given = [c.label for c in guest.chardevs if c.backend == "pty" and c.in_argv]
+    nameless = [label for label in given if f"chardev:{label}" not in owned]
+    if len(nameless) > 1:
+        yield blocker(
+            some(nameless, 3),
+            f"which of the process's ptys are those of {some(nameless, 3)} cannot be told: QEMU names them by numbers "
+            "that are no more, as it was updated in place before",
+            "use UNIX sockets at the next start, whose clients stay connected with every engine",
+        )
 
 
 @check("async-teardown", "Helper processes that keep an old address space", engines=REEXEC)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
-from cpr.engines.execute import O_CLOEXEC
+from cpr.engines import ptys, stream
+from cpr.engines.execute import O_CLOEXEC, named_ptys
 from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import waiting_chardevs
@@ -46,7 +46,7 @@ class LoadState(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepClients(Step):
-    """Put each client that was connected in the place of ours (dup3 in the process): it never notices.
+    """Put each client that was connected in the place of ours (dup3 in the process): it never notices. Ptys likewise.
 
     Not before the state is loaded: the new QEMU would swallow their input.
     """
@@ -58,9 +58,9 @@ class KeepClients(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
-        if not kept.clients:
+        if not kept.clients and not kept.ptys:
             return
-        calls = tuple(self._places(run, kept))
+        calls = (*self._places(run, kept), *self._ptys(run, kept))
         try:
             kept.tracer.run(Attach(), Batch(calls), Detach())
         except OSError as error:
@@ -78,6 +78,20 @@ class KeepClients(Step):
                 raise StepFailed(self.describe(), f"{chardev.label}: the new QEMU has not accepted our client")
             number = kept.clients[chardev.label]
             yield Call("dup3", (number, chardev.client, O_CLOEXEC))
+            yield Call("close", (number,))
+
+    def _ptys(self, run: Run, kept: InPlace) -> Iterator[Call]:
+        """The masters in the places of those that the new QEMU has made."""
+        if not kept.ptys:
+            return
+        assert run.new is not None
+        names = {e["label"]: str(e["filename"]) for e in run.successor.execute("query-chardev")}
+        now = tuple(replace(c, filename=names.get(c.label, "")) for c in self.guest.chardevs)
+        made = ptys.of_chardevs(named_ptys(now), ptys.masters(run.new, besides=kept.ptys.values()))
+        for label, number in kept.ptys.items():
+            if label not in made:
+                raise StepFailed(self.describe(), f"{label}: the new QEMU has made no pty")
+            yield Call("dup3", (number, made[label], O_CLOEXEC))
             yield Call("close", (number,))
 
 

@@ -11,7 +11,7 @@ import select
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines import fdmap, stream
+from cpr.engines import fdmap, ptys, stream
 from cpr.engines.borrow import relays
 from cpr.engines.inplace import STATE, InPlace, in_place
 from cpr.engines.prepare import greet
@@ -23,8 +23,9 @@ from cpr.linux import fds, proc
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Look, Tracer
-from cpr.model import Guest, Step, Target
+from cpr.model import Chardev, Guest, Step, Target
 from cpr.qemu import clients, qmp
+from cpr.qemu.chardevs import pty_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -106,6 +107,7 @@ class ExecNew(Step):
             if chardev.client is not None:
                 run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
                 kept.clients[chardev.label] = chardev.client
+        kept.ptys = ptys.of_chardevs(named_ptys(self.guest.chardevs), ptys.masters(run.old))
 
     def _stand_in(self, run: Run, kept: InPlace) -> None:
         """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""
@@ -124,7 +126,7 @@ class ExecNew(Step):
         """Let survive what is to survive. Raises StepFailed where a number is not what it was."""
         pid = self.guest.process.pid
         there = clients.descriptor_targets(pid)
-        survive = [*kept.clients.values(), kept.given[STATE]]
+        survive = [*kept.clients.values(), *kept.ptys.values(), kept.given[STATE]]
         survive += [relay.kept.number for relay in relays(run).values()]
         moved: list[tuple[int, int]] = []
         for entry in self.successor.inherited:
@@ -141,6 +143,8 @@ class ExecNew(Step):
         kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
         for number in kept.changed:
             yield Call("fcntl", (number, F_SETFD, 0))
+        for number in set(kept.loose) & there.keys() - set(survive):
+            yield Call("fcntl", (number, F_SETFD, FD_CLOEXEC))
         for source, target in moved:
             yield Call("dup3", (source, target, 0))
 
@@ -186,6 +190,7 @@ class ExecNew(Step):
         """What the new program finds under which number, for whoever looks into its environment."""
         pid = self.guest.process.pid
         named = {_map_name(e.name): e.source for e in self.successor.inherited if e.source is not None}
+        named |= {fdmap.pty(label): number for label, number in kept.ptys.items()}
         named |= {fdmap.client(label): number for label, number in kept.clients.items()}
         named[fdmap.STATE] = kept.given[STATE]
         pairs = zip(named, _numbered(pid, named.values()), strict=True)
@@ -230,6 +235,12 @@ def _placed(new: Successor) -> list[int]:
     """Numbers in the old process at which its successor finds what it was given."""
     numbers = [e.target for e in new.inherited if e.source is None and e.target is not None]
     return numbers + ([new.control_number] if new.control_number is not None else [])
+
+
+def named_ptys(chardevs: Iterable[Chardev]) -> dict[str, int]:
+    """{chardev: N as QEMU names its pty}, of those that its command line gives."""
+    there = {c.label for c in chardevs if c.in_argv and c.backend == "pty"}
+    return {label: number for number, label in pty_numbers(chardevs).items() if label in there}
 
 
 def _map_name(inherited: str) -> str:

@@ -48,6 +48,10 @@ class InPlace:
     """Numbers in the guest's process of what it was given over its monitor."""
     clients: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the clients that are kept, by chardev."""
+    ptys: dict[str, int] = field(default_factory=dict)
+    """Numbers in the guest's process of the masters of its ptys, by chardev."""
+    loose: tuple[int, ...] = ()
+    """Numbers in the guest's process that would survive an exec by themselves."""
     standing_in: dict[str, socket.socket] = field(default_factory=dict)
     """Our end of the clients that the new QEMU starts with, by chardev."""
     left: tuple[tuple[int, int], ...] = ()
@@ -157,7 +161,9 @@ class PrepareSave(Step):
         with there:
             run.monitor.send_fd(stream.NAME, there.fileno())
         run.extra["stream"] = here
-        in_place(run).files = clients.files_among(clients.descriptor_targets(self.guest.process.pid))
+        kept, pid = in_place(run), self.guest.process.pid
+        kept.files = clients.files_among(clients.descriptor_targets(pid))
+        kept.loose = tuple(d.number for d in fds.descriptor_table(pid) if d.number > 2 and not d.close_on_exec)
 
     def undo(self, run: Run) -> None:
         if in_place(run).executed:

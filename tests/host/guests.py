@@ -90,7 +90,7 @@ class Guest:
             "cgroup": f"cat {proc}/cgroup",
             "limits of the cgroup": f"cd {group} && grep -s . cpu.max memory.max memory.high pids.max || true",
             # a newer QEMU raises its soft limit of open files itself
-            "limits": f"sed -E 's/^(Max open files +)[0-9]+/\\1/' {proc}/limits",
+            "limits": f"sed -E 's/^(Max open files +)[0-9]+ +/\\1/' {proc}/limits",
             "oom": f"cat {proc}/oom_score_adj",
             "nice": f"cut -d')' -f2- {proc}/stat | cut -d' ' -f17,18",
             "directory": f"readlink {proc}/cwd; readlink {proc}/root",

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cpr.engines import ptys
 from cpr.engines.relay import HIDDEN_WHILE_LOADING
+from cpr.linux.process import open_process
 from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.managers import Flood
 from tests.qemu.parties import Qmp, Wire, counted
@@ -135,3 +137,30 @@ def test_a_program_that_cannot_be_executed(lab: Lab, cpr: Command, builds: Build
         guest.log.wait_ticks(20)
         guest.check()
         assert qemus_of(lab) == [guest.process.pid]
+
+
+def test_a_pty_stays_open(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """Whoever has its other end open goes on, over two updates; for the second QEMU calls it by a wrong name."""
+    extra = ("-chardev", "pty,id=p0", "-serial", "chardev:p0")
+    with counted(lab, builds("7.2"), *extra) as guest:
+        with Qmp(guest.qmp) as monitor:
+            (name,) = (c["filename"] for c in monitor.execute("query-chardev") if c["label"] == "p0")
+        slave = os.open(name.removeprefix("pty:"), os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            before = masters_of(guest.process.pid)
+            for key in ("11.1.a", "11.1.b"):
+                result = cpr.update(guest.name, builds(key))
+                assert result.code == 0, str(result)
+                assert masters_of(guest.process.pid) == before
+            os.write(slave, b"x")  # EIO where nobody has the master
+            with pytest.raises(BlockingIOError):
+                os.read(slave, 1)  # nothing, and no end
+        finally:
+            os.close(slave)
+        guest.check(rounds=0)
+
+
+def masters_of(pid: int) -> list[int]:
+    """N of /dev/pts/N of each master that a process has."""
+    with open_process(pid) as process:
+        return sorted(ptys.masters(process))

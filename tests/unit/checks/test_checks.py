@@ -80,6 +80,11 @@ DRIVE = ("-drive", "file=/vm/disk.qcow2,if=none,id=d0", "-device", "virtio-blk-p
 VD0 = (device("virtio-blk-pci", "vd0"),)
 SEEN = rehearsal(devices=VD0)
 
+
+def pty(label: str) -> Any:
+    return chardev(label, backend="pty", server=False, listener=None)
+
+
 MEMORY = [
     Case("ram-volatile", "shared memfd", guest()),
     Case("ram-volatile", "shared file on a disk", guest(ram=(ram(backing=Backing.DISK_FILE),))),
@@ -342,10 +347,15 @@ DEVICES = [
     Case("listener-gap", "gdb", guest(chardevs=(chardev("gdb", backend="gdb", filename="tcp::1234,server=on"),)),
          [(W, "tcp::1234,server=on")]),
     Case("listener-gap", "none", guest()),
-    Case("will-disconnect", "a pty", guest(chardevs=(chardev(backend="pty", server=False, listener=None),)),
-         [(W, "serial0")]),
-    Case("will-disconnect", "a pty that was made later", guest(chardevs=(chardev(backend="pty", in_argv=False),))),
-    Case("will-disconnect", "a socket", guest(chardevs=(chardev(connected=True),))),
+    Case("pty-unknown", "one that is found by being alone", guest(chardevs=(pty("serial0"),))),
+    Case("pty-unknown", "two that are named", guest(
+         chardevs=(pty("serial0"), pty("serial1")),
+         open_files=tuple(open_file(20 + n, "pty", "/dev/ptmx", f"chardev:serial{n}") for n in (0, 1)))),
+    Case("pty-unknown", "two without a name", guest(chardevs=(pty("serial0"), pty("serial1"))),
+         [(B, "serial0, serial1")]),
+    Case("pty-unknown", "one of two", guest(
+         chardevs=(pty("serial0"), pty("serial1")),
+         open_files=(open_file(20, "pty", "/dev/ptmx", "chardev:serial1"),))),
     *(Case("netdev-unsupported", kind, guest(netdevs=(netdev(kind, fds=()),)), [(B, "net0")])
       for kind in ("vhost-user", "vhost-vdpa", "l2tpv3", "vde", "netmap", "socket", "stream", "dgram", "af-xdp")),
     Case("netdev-unsupported", "a tap whose descriptor is not found", guest(netdevs=(netdev(fds=()),)), [(B, "net0")]),
@@ -531,6 +541,7 @@ def test_re_exec_keeps_what_two_processes_cannot_share(kind: str) -> None:
     [
         ("chardev-not-movable", guest(chardevs=(chardev(movable=False),))),
         ("vhost-vsock", guest(devices=(device("vhost-vsock-pci"),))),
+        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
     ],
 )
 def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
@@ -546,7 +557,7 @@ def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
         ("chardev-not-movable", guest(chardevs=(chardev(server=False, listener=None),))),
         ("chardev-not-movable", guest(chardevs=(chardev(listener=None),))),
         ("chardev-framing", guest(chardevs=(chardev(plain=False, connected=True, server=False),))),
-        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
+        ("monitor-client", guest(chardevs=(chardev("mon1", monitor="readline", connected=True),))),
         ("vnc-websocket", guest(vnc=(vnc(websocket=True),))),
         ("spice", guest(spice=True)),
         ("listener-unknown", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),))),
@@ -565,11 +576,10 @@ def test_what_no_new_program_can_open_again_is_refused_before_the_old_one_is_gon
 
 def test_sessions_that_no_engine_keeps_are_told_alike() -> None:
     framed = chardev(plain=False, connected=True, movable=False)
-    pty = chardev("serial1", backend="pty", server=False, listener=None)
-    telling = guest(chardevs=(framed, pty), vnc=(vnc(clients=2),))
+    telling = guest(chardevs=(framed, pty("serial1")), vnc=(vnc(clients=2),))
     heard = [f for f in run_checks(telling, host(), target(), rehearsal()) if "will disconnect: " in f.message]
     assert {(f.check, f.engines) for f in heard} == {
-        ("chardev-framing", ()), ("vnc-client", ()), ("will-disconnect", ("reexec",)),
+        ("chardev-framing", ()), ("vnc-client", ()),
     }  # fmt: skip
     assert {f.severity for f in heard} == {W}
     assert {f.engines for f in said("chardev-not-movable", of=telling)} == {("handover",)}
