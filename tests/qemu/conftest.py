@@ -14,11 +14,13 @@ import pytest
 
 from tests.lab import LabError, qemu
 from tests.lab.start import MARK, Lab
+from tests.qemu.faults.fault import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.lab.qemu import QemuBuild
+    from tests.qemu.faults.subject import Victim
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -168,3 +170,17 @@ def huge_pages() -> Iterator[None]:
     finally:
         with open(POOL, "w") as file:
             file.write(str(before))
+
+
+@pytest.fixture
+def victim(lab: Lab, request: pytest.FixtureRequest) -> Victim:
+    """A guest that is moved by the module's ENGINE (handover if it says nothing) while things go wrong."""
+    from tests.qemu.faults.subject import Victim  # which needs this module
+
+    return Victim.start(lab, engine=getattr(request.module, "ENGINE", "handover"))
+
+
+@pytest.fixture
+def stage(lab: Lab) -> Iterator[Stage]:
+    with Stage(lab.directory / "stage") as it:
+        yield it

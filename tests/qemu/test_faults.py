@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,53 +18,18 @@ from cpr.model import Status
 from cpr.run import Bounds
 from tests.qemu.conftest import Command
 from tests.qemu.faults.fault import Fault, Stage
-from tests.qemu.faults.subject import Victim, every_step, killed
+from tests.qemu.faults.moments import Moment, Script
+from tests.qemu.faults.subject import Victim, killed
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
-    from tests.lab.start import Lab
+    pass
 
-STEPS = every_step()
-NAMES = [step.id for step in STEPS]
-COMMIT = next(index for index, step in enumerate(STEPS) if step.commit)
-START = NAMES.index("StartNew")
 SHORT = Bounds(timeout=6.0, max_downtime=1.0)
 """Where something hangs, nobody wants to wait longer."""
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Between two things: a step's journal line and what it does (`doing`), or that and its next line (`done`)."""
-
-    index: int
-    state: str
-
-    @property
-    def at(self) -> str:
-        return f"step:{self.index}:{self.state}"
-
-    @property
-    def has_new(self) -> bool:
-        """There is a new QEMU."""
-        return (self.index, self.state) >= (START, "done")
-
-    @property
-    def told(self) -> bool:
-        """`cont` was sent."""
-        return (self.index, self.state) >= (COMMIT, "done")
-
-    @property
-    def recorded(self) -> bool:
-        """The journal has the commit's line."""
-        return self.index >= COMMIT
-
-    def __str__(self) -> str:
-        return f"{self.index}-{NAMES[self.index]}-{self.state}"
-
-
-MOMENTS = [Moment(index, state) for index in range(len(STEPS)) for state in ("doing", "done")]
 EVERYDAY = {
     "fail": ["MoveClients-done"],
     "kill_new": ["MoveState-doing", "Continue-doing", "Continue-done"],
@@ -76,29 +40,12 @@ EVERYDAY = {
 }
 
 
-def moments(kind: str, wanted: Any = lambda _: True) -> list[Any]:
-    """Parameters: every moment that is wanted, `full` but for the everyday ones."""
-    chosen = [moment for moment in MOMENTS if wanted(moment)]
-    everyday = EVERYDAY.get(kind, [])
-    return [
-        pytest.param(m, id=str(m), marks=() if str(m).partition("-")[2] in everyday else pytest.mark.full)
-        for m in chosen
-    ]
-
-
-@pytest.fixture
-def victim(lab: Lab) -> Victim:
-    return Victim.start(lab)
-
-
-@pytest.fixture
-def stage(lab: Lab) -> Iterator[Stage]:
-    with Stage(lab.directory / "stage") as it:
-        yield it
+SCRIPT = Script(everyday=EVERYDAY)
+moments = SCRIPT.moments
 
 
 def test_the_plan_has_every_step(victim: Victim) -> None:
-    assert [step.id for step in victim.plan("x").steps] == NAMES
+    assert [step.id for step in victim.plan("x").steps] == SCRIPT.names
 
 
 # -- one fault, and the command is there
@@ -109,7 +56,7 @@ def test_it_fails(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="fail"))
     assert "planted" in outcome.error
-    touched = (moment.index, moment.state) >= (NAMES.index("KeepRamAtExit"), "done")
+    touched = moment.after("KeepRamAtExit")
     if touched:
         assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK)
         assert "runs in the old QEMU as before" in outcome.where
@@ -131,7 +78,7 @@ def test_it_fails_after_the_commit(victim: Victim, moment: Moment) -> None:
         victim.can_be_updated()
 
 
-@pytest.mark.parametrize("moment", moments("kill_new", lambda m: m.has_new and not m.told))
+@pytest.mark.parametrize("moment", moments("kill_new", lambda m: m.after("StartNew") and not m.told))
 def test_the_new_qemu_is_killed(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="kill_new"))
@@ -151,7 +98,7 @@ def test_the_new_qemu_is_killed_after_the_commit(victim: Victim, moment: Moment)
     assert victim.state_of(before.facts.process.pid) in ("", "postmigrate")
 
 
-@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.has_new and not m.told))
+@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.after("StartNew") and not m.told))
 def test_the_new_qemu_hangs(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="stop_new"), bounds=SHORT)

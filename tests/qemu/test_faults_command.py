@@ -15,31 +15,18 @@ from cpr.errors import Exit
 from tests.lab.start import marked
 from tests.qemu.conftest import qemus_of
 from tests.qemu.faults.fault import PATIENCE, Fault, Stage
-from tests.qemu.faults.subject import Victim, every_step, killed
+from tests.qemu.faults.moments import Script
+from tests.qemu.faults.subject import Victim, killed
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from tests.lab.start import Lab
     from tests.qemu.conftest import Command
 
-NAMES = [step.id for step in every_step()]
+SCRIPT = Script()
+NAMES, at = SCRIPT.names, SCRIPT.at
 
-
-def at(name: str, state: str) -> str:
-    return f"step:{NAMES.index(name)}:{state}"
-
-
-@pytest.fixture
-def victim(lab: Lab) -> Victim:
-    return Victim.start(lab)
-
-
-@pytest.fixture
-def stage(lab: Lab) -> Iterator[Stage]:
-    with Stage(lab.directory / "stage") as it:
-        yield it
 
 
 class Call:

@@ -13,7 +13,8 @@ from cpr.errors import Exit
 from cpr.linux.lock import make_run_directory
 from cpr.model import Status
 from tests.qemu.faults.fault import Fault, Stage
-from tests.qemu.faults.subject import Victim, every_step, killed
+from tests.qemu.faults.moments import Script
+from tests.qemu.faults.subject import Victim, killed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from tests.lab.start import Lab
     from tests.qemu.conftest import Command
 
-NAMES = [step.id for step in every_step()]
+SCRIPT = Script()
+NAMES, at = SCRIPT.names, SCRIPT.at
 MIB = 1 << 20
 
 
@@ -68,17 +70,6 @@ def room(lab: Lab) -> Iterator[Tmpfs]:
     it = Tmpfs(lab.directory / "run", "size=1m,nr_inodes=64,mode=0755")
     yield it
     it.close()
-
-
-@pytest.fixture
-def victim(lab: Lab) -> Victim:
-    return Victim.start(lab)
-
-
-@pytest.fixture
-def stage(lab: Lab) -> Iterator[Stage]:
-    with Stage(lab.directory / "stage") as it:
-        yield it
 
 
 @pytest.mark.parametrize("what", ["bytes", pytest.param("inodes", marks=pytest.mark.full)])

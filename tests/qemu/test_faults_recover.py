@@ -19,32 +19,19 @@ from cpr.linux.process import open_process
 from cpr.model import Status
 from tests.qemu.conftest import qemus_of
 from tests.qemu.faults.fault import Announcement, Fault, Stage
-from tests.qemu.faults.subject import QUICK, Victim, every_step, killed
+from tests.qemu.faults.moments import Script
+from tests.qemu.faults.subject import QUICK, Victim, killed
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from tests.lab.start import Lab
     from tests.qemu.conftest import Command
     from tests.qemu.faults.subject import Before
 
-NAMES = [step.id for step in every_step()]
+SCRIPT = Script()
+NAMES, at = SCRIPT.names, SCRIPT.at
 
-
-def at(name: str, state: str) -> str:
-    return f"step:{NAMES.index(name)}:{state}"
-
-
-@pytest.fixture
-def victim(lab: Lab) -> Victim:
-    return Victim.start(lab)
-
-
-@pytest.fixture
-def stage(lab: Lab) -> Iterator[Stage]:
-    with Stage(lab.directory / "stage") as it:
-        yield it
 
 
 def left(victim: Victim, stage: Stage, *faults: Fault) -> Announcement:

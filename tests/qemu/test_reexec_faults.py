@@ -6,7 +6,6 @@ process; after the commit it is in the new one, in its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,52 +14,16 @@ from cpr.errors import Exit
 from cpr.model import Status
 from cpr.run import Bounds
 from tests.qemu.faults.fault import Fault, Stage
-from tests.qemu.faults.subject import Victim, every_step, killed
+from tests.qemu.faults.moments import Moment, Script
+from tests.qemu.faults.subject import Victim, killed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
-    from tests.lab.start import Lab
     from tests.qemu.conftest import Command
 
-STEPS = every_step("reexec")
-NAMES = [step.id for step in STEPS]
-COMMIT = next(index for index, step in enumerate(STEPS) if step.commit)
-EXEC = NAMES.index("ExecNew")
 SHORT = Bounds(timeout=6.0, max_downtime=1.5)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Between two things: a step's journal line and what it does (`doing`), or that and its next line (`done`)."""
-
-    index: int
-    state: str
-
-    @property
-    def at(self) -> str:
-        return f"step:{self.index}:{self.state}"
-
-    @property
-    def executed(self) -> bool:
-        """The process is the new program."""
-        return (self.index, self.state) >= (EXEC, "done")
-
-    @property
-    def told(self) -> bool:
-        """`cont` was sent."""
-        return (self.index, self.state) >= (COMMIT, "done")
-
-    @property
-    def recorded(self) -> bool:
-        """The journal has the commit's line."""
-        return self.index >= COMMIT
-
-    def __str__(self) -> str:
-        return f"{self.index}-{NAMES[self.index]}-{self.state}"
-
-
-MOMENTS = [Moment(index, state) for index in range(len(STEPS)) for state in ("doing", "done")]
 EVERYDAY = {
     "fail": ["SaveState-done", "LoadState-done"],
     "kill_new": ["LoadState-doing"],
@@ -69,59 +32,42 @@ EVERYDAY = {
 }
 
 
-def moments(kind: str, wanted: Any = lambda _: True) -> list[Any]:
-    """Parameters: every moment that is wanted, `full` but for the everyday ones."""
-    everyday = EVERYDAY.get(kind, [])
-    return [
-        pytest.param(m, id=str(m), marks=() if str(m).partition("-")[2] in everyday else pytest.mark.full)
-        for m in MOMENTS
-        if wanted(m)
-    ]
-
-
-@pytest.fixture
-def victim(lab: Lab) -> Victim:
-    return Victim.start(lab, engine="reexec")
-
-
-@pytest.fixture
-def stage(lab: Lab) -> Iterator[Stage]:
-    with Stage(lab.directory / "stage") as it:
-        yield it
+ENGINE = "reexec"
+SCRIPT = Script(ENGINE, EVERYDAY)
+moments = SCRIPT.moments
+EXEC = "ExecNew"
 
 
 def test_the_plan_has_every_step(victim: Victim) -> None:
-    assert [step.id for step in victim.plan("x").steps] == NAMES
+    assert [step.id for step in victim.plan("x").steps] == SCRIPT.names
 
 
 def check_rolled_back(victim: Victim, before: Any, outcome: Any, moment: Moment) -> None:
     assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
     assert "runs in the old QEMU as before" in outcome.where
-    if moment.executed:
+    if moment.after(EXEC):
         victim.in_the_old_again(before)
     else:
         victim.as_before(before)
     victim.can_be_updated()
 
 
-@pytest.mark.parametrize("moment", moments("fail", lambda m: not m.told and m.index >= NAMES.index("PrepareExec")))
+@pytest.mark.parametrize("moment", moments("fail", lambda m: not m.told and m.after("PrepareExec")))
 def test_it_fails(victim: Victim, moment: Moment) -> None:
-    if (moment.index, moment.state) == (NAMES.index("PrepareExec"), "doing"):
-        pytest.skip("nothing is touched yet: as in a handover")
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="fail"))
     assert "planted" in outcome.error
     check_rolled_back(victim, before, outcome, moment)
 
 
-@pytest.mark.parametrize("moment", moments("kill_new", lambda m: m.executed and not m.told))
+@pytest.mark.parametrize("moment", moments("kill_new", lambda m: m.after(EXEC) and not m.told))
 def test_the_new_program_dies(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="kill_new"))
     check_rolled_back(victim, before, outcome, moment)
 
 
-@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.executed and not m.told))
+@pytest.mark.parametrize("moment", moments("stop_new", lambda m: m.after(EXEC) and not m.told))
 def test_the_new_program_hangs(victim: Victim, moment: Moment) -> None:
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="stop_new"), bounds=SHORT)
@@ -141,7 +87,7 @@ def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
     """Its command goes back where the old program still runs, and forward where the new one does."""
     before = victim.before()
     outcome = victim.play(Fault(at=moment.at, do="kill_keeper"))
-    if moment.executed:
+    if moment.after(EXEC):
         assert (outcome.status, outcome.exit_code, outcome.error) == (Status.UPDATED, Exit.OK, ""), outcome
         victim.in_the_new(before)
     else:
@@ -150,7 +96,7 @@ def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
     victim.can_be_updated()
 
 
-@pytest.mark.parametrize("moment", moments("both", lambda m: m.index >= EXEC))
+@pytest.mark.parametrize("moment", moments("both", lambda m: m.index >= SCRIPT.names.index(EXEC)))
 def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Moment) -> None:
     before = victim.before()
     with victim.command(stage, Fault(at=moment.at, do="wait")) as command:
@@ -158,7 +104,7 @@ def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Mom
         killed(command)
         victim.kill(keeper)
     result = cpr("recover", "--json")
-    if moment.executed:
+    if moment.after(EXEC):
         assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
         victim.in_the_new(before)
     else:
