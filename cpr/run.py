@@ -86,6 +86,8 @@ class Run:
     committed: bool = False
     interrupted: int = 0
     """Exit code of the interruption (130, 143), 0 for none."""
+    bound: bool = False
+    """The way back is longer than the way on: an interrupt does not end the run any more."""
     held: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     blackout_began: float | None = None
@@ -116,7 +118,7 @@ class Run:
         """Raise if the run must not go on: an interrupt, a passed deadline, a dead new QEMU. Before the commit only."""
         if self.committed:
             return
-        if self.interrupted:
+        if self.interrupted and not self.bound:
             raise Interrupted("interrupted before the commit", where=errors.AS_BEFORE)
         if self.remaining() <= 0:
             limit = self.bounds.timeout if self.blackout_began is None else self.bounds.max_downtime

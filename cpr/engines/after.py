@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from cpr import verify
 from cpr.engines.prepare import release
 from cpr.engines.settings import Settings, hand_back, put_back
-from cpr.engines.switch import CLIENT
+from cpr.engines.switch import take_room_back
 from cpr.errors import StepFailed
 from cpr.model import Guest, Step
-from cpr.qemu import clients
 
 if TYPE_CHECKING:
     from cpr.run import Run
@@ -72,10 +71,7 @@ class Settle(Step):
         failed = put_back(run.successor, settings, old=self.guest.process.pid, new=run.new.pid)
         for sock in run.extra.pop("held", []):
             sock.close()
-        for name, fd in run.descriptors.items():
-            if name.startswith(CLIENT):
-                with clients.socket_of(fd) as sock:
-                    clients.narrow(sock)
+        take_room_back(run)
         release(run)
         if failed:
             raise StepFailed(self.describe(), "; ".join(failed))

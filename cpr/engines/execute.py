@@ -59,6 +59,8 @@ class ExecNew(Step):
             self._stand_in(run, kept)
             calls = list(self._calls(run, kept))
             self._record(run, kept)
+            run.check(self.describe())
+            run.bound = True
             self._exec(run, kept, calls)
         except OSError as error:
             words = f"{error.strerror or error}"
@@ -208,6 +210,7 @@ class ExecNew(Step):
 
     def undo(self, run: Run) -> None:
         kept: InPlace = in_place(run)
+        run.bound = False
         for sock in kept.standing_in.values():
             sock.close()
         kept.standing_in.clear()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from cpr.engines import stream
 from cpr.engines.prepare import shared_files, words_of
 from cpr.engines.settings import Settings
+from cpr.engines.successor import waiting_chardevs
+from cpr.engines.switch import CLIENT, make_room, take_room_back
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import fds, likeness
 from cpr.linux.tracer import Tracer
@@ -171,6 +173,28 @@ class PrepareSave(Step):
         with contextlib.suppress(CommandFailed):
             run.monitor.execute("closefd", fdname=stream.NAME)
         migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeRoom(Step):
+    """Let QEMU write what waits for clients that do not read: the new one would write it to those that stand in."""
+
+    guest: Guest
+
+    def describe(self) -> str:
+        return "make room for what waits for connected clients"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        wanted = waiting_chardevs(self.guest)
+        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
+        for chardev in clients.connected_now(run.old.pid, wanted, listeners):
+            if chardev.client is not None:
+                run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+        make_room(run, self.describe())
+
+    def undo(self, run: Run) -> None:
+        take_room_back(run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

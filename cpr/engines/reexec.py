@@ -52,6 +52,7 @@ class Reexec:
             *([borrow.BorrowMonitors(guest=guest, monitors=held)] if held else []),
             dress.RehearseState(guest=guest, target=target),
             inplace.PrepareSave(guest=guest),
+            inplace.MakeRoom(guest=guest),
             switch.CompareChains(guest=guest, new=False),
             *([borrow.QuietenMonitors()] if held else []),
             inplace.SaveState(guest=guest, blackout=True),

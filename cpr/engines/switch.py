@@ -214,27 +214,36 @@ class PassClients(Step):
         run.extra["sockets"] = clients.sockets_among(targets)
         run.extra["files"] = clients.files_among(targets)
         run.extra["sent"] = _send_clients(run, self.guest)
-        for label, fd in _clients_held(run):
-            self._make_room(label, fd)
+        make_room(run, self.describe())
 
-    def _make_room(self, label: str, client: fds.Fd) -> None:
-        """See that the old QEMU can write all it has for a client that does not read.
+    def undo(self, run: Run) -> None:
+        take_room_back(run)
 
-        A byte that waits in the old QEMU's device would wait for ever in the new one: it looks for a client when it
-        loads the state, and the client comes after that (hw/char/serial.c, serial_post_load).
-        """
+
+def make_room(run: Run, step: str) -> None:
+    """See that the old QEMU can write all it has for a held client that does not read.
+
+    A byte that waits in the old QEMU's device would wait for ever in the new one: it looks for a client when it loads
+    the state, and the client comes after that (hw/char/serial.c, serial_post_load).
+
+    Raises:
+        StepFailed: a client has no room, and cannot be given any.
+    """
+    for label, client in _clients_held(run):
         with clients.socket_of(client) as sock:
             if not clients.widen(sock):
                 raise StepFailed(
-                    self.describe(),
+                    step,
                     f"the client of {label} does not read, and what waits for it would be stuck",
                     hint="let it read, or end it",
                 )
 
-    def undo(self, run: Run) -> None:
-        for _, fd in _clients_held(run):
-            with clients.socket_of(fd) as sock:
-                clients.narrow(sock)
+
+def take_room_back(run: Run) -> None:
+    """Undo `make_room`; what is in the sockets stays."""
+    for _, fd in _clients_held(run):
+        with clients.socket_of(fd) as sock:
+            clients.narrow(sock)
 
 
 def _clients_held(run: Run) -> list[tuple[str, fds.Fd]]:

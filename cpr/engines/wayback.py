@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.engines import stream
@@ -95,7 +96,7 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
         for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
             try:
                 launched = likeness.launch(
-                    kept.like,
+                    _like(guest, kept),
                     argv=back.argv,
                     environ=back.environ,
                     executable=executable,
@@ -112,6 +113,13 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
             return Process(launched.pid, launched.start_time, launched.pidfd), ours
     ours.close()
     raise StepFailed(STEP, f"it cannot be started: {failure.strerror or failure}")
+
+
+def _like(guest: Guest, kept: InPlace) -> likeness.Likeness:
+    """As the old process was; but systemd ends everything in the cgroup of a service whose main process has died."""
+    if any(supervisor.kind == "systemd" for supervisor in guest.supervisors):
+        return replace(kept.like, cgroups=())
+    return kept.like
 
 
 def _reconnect(run: Run, guest: Guest) -> None:

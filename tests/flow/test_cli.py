@@ -40,7 +40,7 @@ def call(directory: Path, *words: str, **environment: str) -> subprocess.Complet
     [
         (("update",), 2, "-y"),
         (("update", "--json"), 2, "-y"),
-        (("update", "-n", "--engine", "reexec"), 2, "not in this release"),
+        (("update", "-n", "--engine", "cpr-exec"), 2, "not in this release"),
         (("show", "no such guest"), 5, "no guest"),
         (("log", "no-such-run"), 5, "no run"),
         (("recover", "no-such-run"), 5, "no run"),

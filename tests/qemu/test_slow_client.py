@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tests.lab import counting
 from tests.lab.counting import CountingLog
+from tests.qemu.conftest import BOTH_ENGINES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
     from tests.qemu.conftest import Command
+
+pytestmark = BOTH_ENGINES
 
 
 def test_a_client_that_does_not_read_gets_everything_later(
