@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from cpr.engines.inplace import InPlace
     from cpr.run import Run
 
+WNOHANG_ALL = os.WNOHANG | 0x40000000
+"""__WALL as well: helpers of async teardown end without a signal (system/async-teardown.c)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadState(Step):
@@ -117,7 +120,7 @@ class LetClientsIn(Step):
             kept.tracer.run(Attach())
             calls = (
                 *(Call("close", (number,)) for number, inode in kept.left if self._inode(number) == inode),
-                *(Call("wait4", (pid, 0, os.WNOHANG, 0)) for pid in ended),
+                *(Call("wait4", (pid, 0, WNOHANG_ALL, 0)) for pid in ended),
             )
             kept.tracer.run(Batch(calls), Detach())
         except OSError as error:

@@ -112,12 +112,12 @@ def test_run_and_what_follows(lab: Lab, key: str) -> None:
     assert os.path.exists(guest["monitor"])
 
     code, document = cpr("check", first, "--qemu", str(new.binary))
-    assert (code, document["guests"][0]["engines"]) == (0, {"handover": "ok"}), document
+    assert (code, document["guests"][0]["engines"]) == (0, {"handover": "ok", "reexec": "ok"}), document
     assert cpr("update", "-n", first, "--qemu", str(new.binary))[0] == 0
     code, document = cpr("update", "-y", first, "--qemu", str(new.binary))
     [outcome] = document["guests"]
     lab.adopt(outcome["pid_after"])
-    assert (code, outcome["status"], outcome["binary_after"]["version"]) == (0, "updated", new.version)
+    assert (code, outcome["status"], outcome["binary_after"]["version"]) == (0, "updated", new.version), outcome
     assert pidfile.read_text().strip() == str(outcome["pid_after"])
     assert cpr("show", str(outcome["pid_after"]))[0] == 0
     [run] = cpr("runs")[1]["runs"]
