@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 BY_US = (Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
 """Where only a migration leads: the journal has lost its end."""
+SENDING = ("MoveState", "SaveState")
+"""The steps that have QEMU send its state."""
 MARK_SCANS = 50
 """Looks at all processes, at most."""
 
@@ -132,7 +134,7 @@ class _TryAgain(Exception):
 
 def _moved(record: Record) -> bool:
     """Whether the state was about to be sent: from there on the guest may stand still because of us."""
-    return any(step.get("id") == "MoveState" and i in record.steps for i, step in enumerate(record.header["steps"]))
+    return any(step.get("id") in SENDING and i in record.steps for i, step in enumerate(record.header["steps"]))
 
 
 def _trusted(record: Record) -> bool:

@@ -315,7 +315,8 @@ class Run:
             if not self.extra.get("touched"):
                 where = "its process ended before anything was done: by itself, or by another update"
                 return Status.FAILED, Exit.NOT_FOUND, where, 0
-            return Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, "the guest's process has ended by itself", 0
+            where = self.extra.get("lost", "the guest's process has ended by itself")
+            return Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0
         if self.extra.get("leave_open"):
             where = f"{errors.NEEDS_YOU}: cpr recover {self.journal.run_id} tries again"
             return Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, pid

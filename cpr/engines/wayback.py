@@ -53,6 +53,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
             break
         except CprError as error:
             if attempt == ATTEMPTS - 1:
+                run.extra["lost"] = "the guest is down: the new QEMU failed, and the old one could not be started again"
                 raise
             run.notes.append(f"on the way back, tried again: {error.message}")
     _reconnect(run, guest)

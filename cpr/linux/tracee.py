@@ -246,8 +246,8 @@ class Tracee:
         for _ in range(TRIES):
             self._go_to_stub()
             self._to_syscall(executing=False)
-            if executing:
-                ptrace.set_signal_mask(self.thread, self._mask)
+            if executing:  # the leader's is what the program had from its start; other threads may block everything
+                ptrace.set_signal_mask(self.thread, self._leaders_mask())
             values = ptrace.registers(self.thread)
             for name, word in zip(self._arch.arguments, words, strict=False):
                 setattr(values, name, stub.unsigned(word))
@@ -261,6 +261,9 @@ class Tracee:
             if -result not in stub.RESTARTS:
                 return result
         raise InterruptedError(errno.EINTR, f"system call {number} in pid {self.pid} was interrupted again and again")
+
+    def _leaders_mask(self) -> int:
+        return self._mask if self.thread == self.pid else ptrace.signal_mask(self.pid)
 
     def _go_to_stub(self) -> None:
         """The stub is there before the registers lead to it; signals are kept out only when it would let them in."""

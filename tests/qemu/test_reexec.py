@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Builds = Callable[[str], QemuBuild]
 
-FIELDS = "Name|PPid|Uid|Gid|Groups|NSpid|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Umask|SigIgn"
+FIELDS = "Name|PPid|Uid|Gid|Groups|NSpid|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Umask|SigBlk|SigIgn"
 
 
 @pytest.fixture
