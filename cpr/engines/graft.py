@@ -215,9 +215,9 @@ def _swap(
                 (
                     Call("fcntl", (number, fcntl.F_DUPFD_CLOEXEC, high)),
                     Call("fcntl", (theirs, fcntl.F_SETFL, flags)),
+                    Call("close", (other,)),  # first: a pair that is whole there would never hang up, should we die
                     Call("dup3", (theirs, number, os.O_CLOEXEC)),
                     Call("close", (theirs,)),
-                    Call("close", (other,)),
                     *_closing(before, inode, but=number),
                 )
             )
