@@ -234,6 +234,7 @@ def _swap(
     )
 
 
+LET_GO_SECONDS = 2.0
 SMALL = 16384
 """Bytes that may wait between us and QEMU: few commands, so that all are soon answered when no more are to follow."""
 
@@ -273,9 +274,19 @@ def put_back(
 def surely_put_back(
     process: Process, tracer: Tracer, kept: Kept, number: int, ready: Callable[[], bool], until: float
 ) -> Stopped:
-    """As `put_back`, by another tracer where this one is dead: one ends with the first operation that fails."""
+    """As `put_back`, by another tracer where this one is dead: one ends with the first operation that fails.
+
+    That one may find the threads still traced: the kernel lets them go when all of the dead one is gone.
+    """
     try:
         return put_back(process, tracer, kept, number, ready, until)
     except ConnectionError:
-        with Tracer.start(process) as another:
-            return put_back(process, another, kept, number, ready, until)
+        patience = max(until, time.monotonic() + LET_GO_SECONDS)
+    while True:
+        try:
+            with Tracer.start(process) as another:
+                return put_back(process, another, kept, number, ready, until)
+        except (ConnectionError, PermissionError):
+            if time.monotonic() > patience:
+                raise
+            time.sleep(PAUSE)
