@@ -54,8 +54,9 @@ def numberless(argv: Sequence[str]) -> list[str]:
 
 
 def comparable(environ: Sequence[str]) -> list[str]:
-    """The environment with the id of the run, which differs each time, taken out."""
-    return [re.sub(r"^CPR_RUN=\d{8}T\d{6}-\w+/\d+$", "CPR_RUN=...", entry) for entry in environ]
+    """The environment with what differs each time taken out: the id of the run, and numbers of descriptors."""
+    without_run = (re.sub(r"^CPR_RUN=\d{8}T\d{6}-\w+/\d+$", "CPR_RUN=...", entry) for entry in environ)
+    return [re.sub(r"^(CPR_FD_\w+)=\d+,\d+$", r"\1=...", entry) for entry in without_run]
 
 
 @pytest.mark.timeout(120)
