@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Builds = Callable[[str], QemuBuild]
 
+USER = 54321
 FIELDS = "Name|PPid|Uid|Gid|Groups|NSpid|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Umask|SigBlk|SigIgn"
 
 
@@ -164,3 +165,24 @@ def masters_of(pid: int) -> list[int]:
     """N of /dev/pts/N of each master that a process has."""
     with open_process(pid) as process:
         return sorted(ptys.masters(process))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_guest_in_a_sandbox_under_another_user(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """Its filter forbids execve; it has no capability, and a mount namespace of its own."""
+    lab.directory.chmod(0o777)
+    disk = lab.directory / f"{lab.directory.name}.disk"
+    disk.touch()
+    os.chown(disk, USER, USER)
+    sandbox = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+    user = (f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
+    with counted(lab, builds("7.2"), *sandbox, prefix=("unshare", "--mount", "setpriv", *user)) as guest:
+        before = identity(guest.process.pid)
+        for number, key in enumerate(("11.1.a", "11.1.b")):
+            result = cpr.update(guest.name, builds(key))
+            assert result.code == 0, str(result)
+            found = [f["check"] for f in result.guest["findings"]]
+            assert ("seccomp-filters" in found) is (number > 0)  # they pile up, and it is told
+            now = identity(guest.process.pid)
+            assert now == before
+        guest.check(rounds=0)
