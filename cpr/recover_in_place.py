@@ -10,13 +10,12 @@ The process has everything under the numbers that the journal names, so nothing 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import graft, mend, stream
+from cpr.engines import fdmap, graft, mend, stream
 from cpr.engines.borrow import BORROWED
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners
@@ -143,11 +142,11 @@ def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[Sequ
 
 def _close(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
     """Close in the process what it needed once."""
-    numbers = []
-    for numbered in known:
-        with contextlib.suppress(OSError):
-            _take(process, numbered).close()
-            numbers.append(int(numbered[0]))
+    entries = {str(number): fdmap.Entry(int(number), int(inode)) for number, inode in known}
+    try:
+        numbers = set(fdmap.verify(process.pid, fdmap.FdMap(entries=entries)).good.values())
+    except OSError:  # it has ended
+        return []
     if not numbers:
         return []
     try:

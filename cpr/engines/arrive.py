@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import ptys, stream
-from cpr.engines.execute import O_CLOEXEC, named_ptys
+from cpr.engines import fdmap, ptys, stream
+from cpr.engines.execute import O_CLOEXEC
 from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import waiting_chardevs
@@ -90,7 +90,7 @@ class KeepClients(Step):
         assert run.new is not None
         names = {e["label"]: str(e["filename"]) for e in run.successor.execute("query-chardev")}
         now = tuple(replace(c, filename=names.get(c.label, "")) for c in self.guest.chardevs)
-        made = ptys.of_chardevs(named_ptys(now), ptys.masters(run.new, besides=kept.ptys.values()))
+        made = ptys.of_chardevs(ptys.named(now), ptys.masters(run.new, besides=kept.ptys.values()))
         for label, number in kept.ptys.items():
             if label not in made:
                 raise StepFailed(self.describe(), f"{label}: the new QEMU has made no pty")
@@ -118,8 +118,9 @@ class LetClientsIn(Step):
         ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
         try:
             kept.tracer.run(Attach())
+            there = set(fdmap.verify(self.guest.process.pid, kept.left).good.values())  # QEMU closes some itself
             calls = (
-                *(Call("close", (number,)) for number, inode in kept.left if self._inode(number) == inode),
+                *(Call("close", (number,)) for number in there),
                 *(Call("wait4", (pid, 0, WNOHANG_ALL, 0)) for pid in ended),
             )
             kept.tracer.run(Batch(calls), Detach())
@@ -128,12 +129,6 @@ class LetClientsIn(Step):
         finally:
             with contextlib.suppress(OSError):
                 kept.tracer.close()
-
-    def _inode(self, number: int) -> int:
-        """Of what has that number now: QEMU closes some of them itself."""
-        with contextlib.suppress(OSError):
-            return os.stat(f"/proc/{self.guest.process.pid}/fd/{number}").st_ino
-        return 0
 
 
 def _end_helper(pid: int, parent: int) -> bool:

@@ -23,12 +23,11 @@ from cpr.linux import fds, proc
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Look, Tracer
-from cpr.model import Chardev, Guest, Step, Target
+from cpr.model import Guest, Step, Target
 from cpr.qemu import clients, qmp
-from cpr.qemu.chardevs import pty_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.run import Run
@@ -58,6 +57,7 @@ class ExecNew(Step):
             self._stop_between_clients(run, kept)
             self._stand_in(run, kept)
             calls = list(self._calls(run, kept))
+            kept.map = self._map(kept)
             self._record(run, kept)
             run.check(self.describe())
             run.bound = True
@@ -109,7 +109,7 @@ class ExecNew(Step):
             if chardev.client is not None:
                 run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
                 kept.clients[chardev.label] = chardev.client
-        kept.ptys = ptys.of_chardevs(named_ptys(self.guest.chardevs), ptys.masters(run.old))
+        kept.ptys = ptys.of_chardevs(ptys.named(self.guest.chardevs), ptys.masters(run.old))
 
     def _stand_in(self, run: Run, kept: InPlace) -> None:
         """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""
@@ -141,7 +141,6 @@ class ExecNew(Step):
             moved.append((kept.given[self.successor.control], self.successor.control_number))
         if occupied := {target for _, target in moved} & there.keys():
             raise StepFailed(self.describe(), f"descriptors {sorted(occupied)} are taken meanwhile", hint="try again")
-        kept.left = tuple(_numbered(pid, [kept.given[STATE], *_once(self.successor)]))
         kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
         for number in kept.changed:
             yield Call("fcntl", (number, F_SETFD, 0))
@@ -160,22 +159,22 @@ class ExecNew(Step):
 
     def _record(self, run: Run, kept: InPlace) -> None:
         """What a recovery finds in the process where: a number counts only with the inode that it has now."""
-        pid = self.guest.process.pid
+        there = {name: (entry.number, entry.inode) for name, entry in kept.map.entries.items()}
         run.journal.fact(
             "exec",
-            mark=run_mark(self.run_id, pid),
-            state=_numbered(pid, [kept.given[STATE]])[0],
-            clients=dict(zip(kept.clients, _numbered(pid, kept.clients.values()), strict=True)),
-            vnc=[_numbered(pid, numbers) for numbers in _numbers_of(self.successor)],
-            left=kept.left,
+            mark=kept.map.run,
+            state=there[fdmap.STATE],
+            clients={label: there[fdmap.client(label)] for label in kept.clients},
+            vnc=[[there[name] for name in names] for _, names in self.successor.vnc],
+            left=[there[name] for name in kept.left.entries],
             changed=kept.changed,
             placed=_placed(self.successor),
         )
 
     def _exec(self, run: Run, kept: InPlace, calls: Sequence[Call]) -> None:
         """Point of no return: from the reply on the process is the new program."""
-        pairs = (*self.successor.environ, *self._map(run, kept))
-        environ = tuple(f"{name}={value}" for name, value in pairs)
+        told = [pair for pair in fdmap.encode(kept.map) if pair[0] != fdmap.RUN]  # the mark is there already
+        environ = tuple(f"{name}={value}" for name, value in (*self.successor.environ, *told))
         program = Exec(self.target.binary.path, self.successor.argv, environ)
         replies = kept.tracer.events(Batch(tuple(calls)), program, Detach())
         next(replies).raise_error()
@@ -188,17 +187,15 @@ class ExecNew(Step):
             if not kept.executed:
                 raise
 
-    def _map(self, run: Run, kept: InPlace) -> list[tuple[str, str]]:
-        """What the new program finds under which number, for whoever looks into its environment."""
+    def _map(self, kept: InPlace) -> fdmap.FdMap:
+        """What the new program finds under which number."""
         pid = self.guest.process.pid
         named = {_map_name(e.name): e.source for e in self.successor.inherited if e.source is not None}
         named |= {fdmap.pty(label): number for label, number in kept.ptys.items()}
         named |= {fdmap.client(label): number for label, number in kept.clients.items()}
         named[fdmap.STATE] = kept.given[STATE]
-        pairs = zip(named, _numbered(pid, named.values()), strict=True)
-        entries = {name: fdmap.Entry(number, inode) for name, (number, inode) in pairs}
-        told = fdmap.encode(fdmap.FdMap(run=run_mark(self.run_id, pid), entries=entries))
-        return [(name, value) for name, value in told if name != fdmap.RUN]  # the mark is there already
+        entries = {name: fdmap.Entry(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for name, n in named.items()}
+        return fdmap.FdMap(run=run_mark(self.run_id, pid), entries=entries)
 
     def _became(self, run: Run) -> bool:
         """Whether the process is the new program, where the tracer did not live to tell; one that is gone is lost."""
@@ -240,34 +237,12 @@ def _placed(new: Successor) -> list[int]:
     return numbers + ([new.control_number] if new.control_number is not None else [])
 
 
-def named_ptys(chardevs: Iterable[Chardev]) -> dict[str, int]:
-    """{chardev: N as QEMU names its pty}, of those that its command line gives."""
-    there = {c.label for c in chardevs if c.in_argv and c.backend == "pty"}
-    return {label: number for number, label in pty_numbers(chardevs).items() if label in there}
-
-
 def _map_name(inherited: str) -> str:
     """What the descriptor map calls an inherited descriptor."""
     kind, _, label = inherited.partition(":")
     if kind in ("listener", "connection"):
         return fdmap.chardev(label)
     return fdmap.ram(label) if kind == "ram" else inherited
-
-
-def _numbered(pid: int, numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Each with its inode. Raises OSError."""
-    return [(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for n in numbers]
-
-
-def _once(new: Successor) -> list[int]:
-    """What survives to be taken once: of RAM QEMU opens /proc/self/fd/N again, and VNC listeners come by monitor."""
-    return [e.source for e in new.inherited if e.name.startswith(("ram:", "vnc:")) and e.source is not None]
-
-
-def _numbers_of(new: Successor) -> list[list[int]]:
-    """The VNC listeners of each display."""
-    sources = {e.name: e.source for e in new.inherited}
-    return [[n for name in names if (n := sources[name]) is not None] for _, names in new.vnc]
 
 
 def _same_process(guest: Guest) -> Process:

@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
+from cpr.engines import fdmap, stream
 from cpr.engines.prepare import shared_files, words_of
 from cpr.engines.settings import Settings
 from cpr.engines.successor import waiting_chardevs
@@ -56,11 +56,18 @@ class InPlace:
     """Numbers in the guest's process that would survive an exec by themselves."""
     standing_in: dict[str, socket.socket] = field(default_factory=dict)
     """Our end of the clients that the new QEMU starts with, by chardev."""
-    left: tuple[tuple[int, int], ...] = ()
-    """Numbers and inodes in the new QEMU of what it needs once, and not any more when clients are let in."""
+    map: fdmap.FdMap = field(default_factory=fdmap.FdMap)
+    """What survives the exec in the guest's process."""
     changed: tuple[int, ...] = ()
     """Numbers without FD_CLOEXEC that had it."""
     executed: bool = False
+
+    @property
+    def left(self) -> fdmap.FdMap:
+        """What the new QEMU needs once, and not any more when clients are let in: the state; RAM, of which it opens
+        /proc/self/fd/N again; VNC listeners, which come by monitor."""
+        once = {n: e for n, e in self.map.entries.items() if n == fdmap.STATE or n.startswith(("ram:", "vnc:"))}
+        return fdmap.FdMap(entries=once)
 
 
 def in_place(run: Run) -> InPlace:

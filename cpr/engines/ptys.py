@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING
 from cpr.errors import StepFailed
 from cpr.linux import fds
 from cpr.linux.syscalls import pty_number
+from cpr.qemu.chardevs import pty_numbers
 from cpr.qemu.clients import descriptor_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from cpr.linux.process import Process
+    from cpr.model import Chardev
+
+
+def named(chardevs: Iterable[Chardev]) -> dict[str, int]:
+    """{chardev: N as QEMU names its pty}, of those that its command line gives."""
+    there = {c.label for c in chardevs if c.in_argv and c.backend == "pty"}
+    return {label: number for number, label in pty_numbers(chardevs).items() if label in there}
 
 
 def masters(process: Process, *, besides: Collection[int] = ()) -> dict[int, int]:
@@ -31,15 +39,15 @@ def masters(process: Process, *, besides: Collection[int] = ()) -> dict[int, int
     return found
 
 
-def of_chardevs(named: Mapping[str, int], there: Mapping[int, int]) -> dict[str, int]:
+def of_chardevs(names: Mapping[str, int], there: Mapping[int, int]) -> dict[str, int]:
     """{chardev: descriptor}, from {chardev: N as QEMU names it} and `masters`.
 
     Raises:
         StepFailed: they cannot be told apart.
     """
-    found = {label: there[number] for label, number in named.items() if number in there}
-    nameless = [label for label in named if label not in found]
-    left = [descriptor for number, descriptor in there.items() if number not in named.values()]
+    found = {label: there[number] for label, number in names.items() if number in there}
+    nameless = [label for label in names if label not in found]
+    left = [descriptor for number, descriptor in there.items() if number not in names.values()]
     if not nameless:
         return found
     if len(nameless) != 1 or len(left) != 1:
