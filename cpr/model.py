@@ -190,6 +190,12 @@ class Chardev:
     movable: bool = True
     reconnect: bool = False
 
+    @property
+    def lends_session(self) -> bool:
+        """A QMP monitor on a plain listening socket: the session of whoever holds it can be borrowed."""
+        served = self.backend == "socket" and self.server and self.listener is not None
+        return self.monitor == "control" and served and self.plain and self.in_argv
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VncServer:

@@ -10,6 +10,7 @@ The process has everything under the numbers that the journal names, so nothing 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cpr.engines import fdmap, graft, mend, stream
 from cpr.engines.borrow import BORROWED
 from cpr.engines.successor import MARK
-from cpr.engines.switch import PassVncListeners
+from cpr.engines.switch import PassVncListeners, give_vnc
 from cpr.errors import CommandFailed, CprError
 from cpr.linux import proc
 from cpr.linux.fds import Fd, take_fd
@@ -127,14 +128,10 @@ def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[Sequ
     """Give QEMU the VNC listeners that its process has."""
     lost = []
     for listeners in displays:
-        addresses = []
         try:
-            for numbered in listeners:
-                name = f"cpr-vnc-{numbered[0]}"
-                with _take(process, numbered) as listener:
-                    monitor.send_fd(name, listener.number)
-                addresses.append({"type": "fd", "str": name})
-            monitor.execute("display-update", type="vnc", addresses=addresses)
+            with contextlib.ExitStack() as held:
+                taken = {f"cpr-vnc-{entry[0]}": held.enter_context(_take(process, entry)) for entry in listeners}
+                give_vnc(monitor, taken)
         except (CommandFailed, OSError) as error:
             lost.append(f"a VNC display does not listen any more: {error}")
     return lost

@@ -112,14 +112,13 @@ def monitor_client(guest: Guest) -> Iterator[Finding]:
         if not chardev.monitor or chardev.backend != "socket":
             continue
         if chardev.connected and chardev.label != ours:
-            kept = chardev.monitor == "control" and chardev.server and chardev.plain and chardev.in_argv
             yield blocker(
                 chardev.label,
                 f"a client is connected to the monitor {chardev.label} and will be disconnected: a monitor's session "
                 "cannot be handed on",
                 "end that session, or --ignore monitor-client if it copes with a hang-up"
-                + ("; --engine reexec keeps it" if kept else ""),
-                engines=HANDOVER if kept else (),
+                + ("; --engine reexec keeps it" if chardev.lends_session else ""),
+                engines=HANDOVER if chardev.lends_session else (),
             )
 
 

@@ -42,15 +42,13 @@ class EndOld(Step):
 class HandBack(Step):
     """Open again what cannot be passed on: forwarded ports of user networking, and the gdb stub."""
 
-    forwards: tuple[str, ...]
-    gdb: str
+    commands: tuple[str, ...]
 
     def describe(self) -> str:
-        return f"open again what cannot be inherited: {', '.join([*self.forwards, *([self.gdb] if self.gdb else [])])}"
+        return f"open again what cannot be inherited: {', '.join(self.commands)}"
 
     def do(self, run: Run) -> None:
-        commands = [*self.forwards, *([self.gdb] if self.gdb else [])]
-        told, failed = hand_back(run.successor, commands, run.extra.get("ended_at"))
+        told, failed = hand_back(run.successor, self.commands, run.extra.get("ended_at"))
         run.notes += told
         if failed:
             raise StepFailed(self.describe(), "; ".join(failed))

@@ -38,19 +38,7 @@ QUIET_SECONDS = 5.0
 def borrowed_monitors(guest: Guest) -> tuple[Chardev, ...]:
     """QMP monitors whose client, if there is one, can be kept."""
     ours = guest.monitor.label if guest.monitor is not None else ""
-    return tuple(c for c in guest.chardevs if keeps_session(c) and c.label != ours)
-
-
-def keeps_session(chardev: Chardev) -> bool:
-    """A QMP monitor on a plain socket."""
-    return (
-        chardev.monitor == "control"
-        and chardev.backend == "socket"
-        and chardev.server
-        and chardev.plain
-        and chardev.listener is not None
-        and chardev.in_argv
-    )
+    return tuple(c for c in guest.chardevs if c.lends_session and c.label != ours)
 
 
 def relays(run: Run) -> dict[str, Relay]:

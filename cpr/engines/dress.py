@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines import stream
+from cpr.engines.prepare import same_runstate
 from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
 from cpr.model import Guest, Step, Target
 from cpr.qemu import migration
@@ -31,7 +32,6 @@ from cpr.run import resume_old
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cpr.qemu import qmp
     from cpr.qemu.rehearsal import Started
     from cpr.run import Run
 
@@ -39,7 +39,7 @@ SENT = "rehearsal:sent"
 """In `Run.extra` while the guest's QEMU has settings, or stands still, because of us: how many events came before."""
 PAUSE = "rehearsal:pause"
 """In `Run.extra` afterwards: seconds from STOP to RESUME."""
-ENDED = ("none", "completed", "failed", "cancelled")
+ENDED = ("none", *migration.ENDED)
 END_SECONDS = 5.0
 """Longest that the end of a migration is waited for that was hung up on."""
 BARRED = "no way back would be left"
@@ -86,11 +86,7 @@ class RehearseState(Step):
             if left_out:
                 run.notes.append(f"the state was not rehearsed, only the start: {', '.join(left_out)} stays out of it")
                 return
-            status = run.monitor.execute("query-status")["status"]
-            if status != self.guest.runstate:
-                raise StepFailed(
-                    self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now"
-                )
+            same_runstate(run, self.guest, self.describe())
             refusing = self._running(run, parties) if self.guest.running else self._paused(run, parties)
             if refusing is not None:
                 raise refusing.refusal(self.describe())
@@ -136,9 +132,13 @@ class RehearseState(Step):
         migration.prepare(run.monitor)
         sinks = [_incoming(party.qemu) for party in parties]
         source = self._send(run)
+
+        def failed() -> bool:
+            return migration.has_failed(run.monitor.events()[seen:])
+
         with _failing(Tee(source, sinks)):
             # before STOP they are read, and after it compared
-            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen, unless=lambda: _failed(run, seen))
+            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen, unless=failed)
             if stop is None:
                 words = migration.failure(run.monitor)
                 raise StepFailed(self.describe(), f"the guest's QEMU could not send its state: {words}")
@@ -160,26 +160,18 @@ class RehearseState(Step):
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
                 return stream.connection_of_old(run, listener)
-        theirs, ours = socket.socketpair()
-        try:
-            with theirs:
-                run.monitor.send_fd(stream.NAME, theirs.fileno())
-            run.monitor.execute("migrate", uri=f"fd:{stream.NAME}")
-        except BaseException:
-            ours.close()
-            raise
-        return ours
+        return stream.our_end(run.monitor, "migrate")
 
     def _refusing(self, run: Run, parties: list[_Party], seen: int | None = None) -> _Party | None:
         """The first of them that does not take the state."""
 
         def failed() -> bool:
-            return seen is not None and _failed(run, seen)
+            return seen is not None and migration.has_failed(run.monitor.events()[seen:])
 
         for party in parties:
             try:
                 event = run.wait_event(
-                    party.qemu.monitor, {"MIGRATION"}, self.describe(), _ended, after=party.seen, unless=failed
+                    party.qemu.monitor, {"MIGRATION"}, self.describe(), migration.ended, after=party.seen, unless=failed
                 )
             except MonitorError:
                 if party.qemu.process.wait_dead(1.0):
@@ -200,7 +192,7 @@ class RehearseState(Step):
         run.blackout_began = None
         if run.monitor.execute("query-migrate").get("status", "none") not in ENDED:
             with contextlib.suppress(TimeoutError):  # our end is closed: it will notice
-                run.monitor.wait_event({"MIGRATION"}, _ended, timeout=END_SECONDS, after=seen)
+                run.monitor.wait_event({"MIGRATION"}, migration.ended, timeout=END_SECONDS, after=seen)
         status = resume_old(run.monitor, self.guest.runstate)
         if status != self.guest.runstate:
             raise StepFailed("undo", f"the guest's QEMU is {status} and does not go on", hint="cpr recover tries again")
@@ -231,15 +223,7 @@ class RehearseState(Step):
 
 def _incoming(qemu: Started) -> socket.socket:
     """The way of a state into a rehearsing QEMU."""
-    theirs, ours = socket.socketpair()
-    try:
-        with theirs:
-            qemu.monitor.send_fd(stream.NAME, theirs.fileno())
-        qemu.monitor.execute("migrate-incoming", uri=f"fd:{stream.NAME}")
-    except BaseException:
-        ours.close()
-        raise
-    return ours
+    return stream.our_end(qemu.monitor, "migrate-incoming")
 
 
 @contextlib.contextmanager
@@ -248,11 +232,3 @@ def _failing(tee: Tee) -> Iterator[None]:
         yield
     finally:
         tee.fail()
-
-
-def _ended(event: qmp.Event) -> bool:
-    return event.data.get("status") in ENDED
-
-
-def _failed(run: Run, seen: int) -> bool:
-    return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in run.monitor.events()[seen:])

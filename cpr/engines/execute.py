@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream
 from cpr.engines.borrow import relays
-from cpr.engines.inplace import STATE, InPlace, in_place
+from cpr.engines.inplace import STATE, InPlace, hold_clients, in_place
 from cpr.engines.prepare import greet
 from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
-from cpr.engines.switch import CLIENT
 from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc
@@ -99,16 +98,8 @@ class ExecNew(Step):
         opened = clients.files_among(clients.descriptor_targets(pid)) - kept.files
         if opened:
             raise StepFailed(self.describe(), f"QEMU has opened {', '.join(sorted(opened))}", hint="try again")
-        for name in [n for n in run.descriptors if n.startswith(CLIENT)]:
-            run.descriptors.pop(name).close()
-        kept.clients.clear()
-        plain = waiting_chardevs(self.guest)
-        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in plain}
+        kept.clients = hold_clients(run, self.guest)
         assert run.old is not None
-        for chardev in clients.connected_now(pid, plain, listeners):
-            if chardev.client is not None:
-                run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
-                kept.clients[chardev.label] = chardev.client
         kept.ptys = ptys.of_chardevs(ptys.named(self.guest.chardevs), ptys.masters(run.old))
 
     def _stand_in(self, run: Run, kept: InPlace) -> None:

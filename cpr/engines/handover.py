@@ -58,8 +58,8 @@ class Handover:
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
             after.EndOld(),
         ]
-        if new.forwards or new.gdb:
-            plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
+        if new.opened_again:
+            plan.append(after.HandBack(commands=new.opened_again))
         plan += [after.Settle(guest=guest), after.Verify(guest=guest)]
         return plan
 

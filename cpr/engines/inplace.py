@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, stream
-from cpr.engines.prepare import shared_files, words_of
-from cpr.engines.settings import Settings
+from cpr.engines.prepare import note_settings, same_runstate, shared_files, words_of
 from cpr.engines.successor import waiting_chardevs
 from cpr.engines.switch import CLIENT, make_room, take_room_back
 from cpr.errors import CommandFailed, StepFailed
@@ -38,7 +37,6 @@ class InPlace:
     tracer: Tracer
     like: likeness.Likeness
     places: likeness.Places
-    settings: Settings
     binary: fds.Fd
     """The old program, whatever becomes of its file."""
     state: fds.Fd
@@ -92,16 +90,11 @@ class PrepareExec(Step):
         run.words = words_of(run.descriptors.get("stdio:2"))
         like = likeness.likeness_of(pid)
         new = self.successor
-        settings = Settings.of(
-            self.guest, likeness.thread_placement(pid), [*new.forwards, *([new.gdb] if new.gdb else [])]
-        )
-        run.extra["settings"] = settings
-        run.journal.fact("settings", value=settings.json())
+        note_settings(run, self.guest, new)
         kept = run.extra["in_place"] = InPlace(
             tracer=Tracer.start(run.old),
             like=like,
             places=likeness.Places(like),
-            settings=settings,
             binary=fds.Fd(os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)),
             state=fds.Fd(os.memfd_create(STATE, os.MFD_CLOEXEC)),
             ram=shared_files(pid),
@@ -182,6 +175,21 @@ class PrepareSave(Step):
         migration.restore(run.monitor, dict(self.guest.capabilities), self.guest.parameters)
 
 
+def hold_clients(run: Run, guest: Guest) -> dict[str, int]:
+    """Duplicate the clients that are connected now, in place of those that were held: {chardev: its number there}."""
+    assert run.old is not None
+    for name in [n for n in run.descriptors if n.startswith(CLIENT)]:
+        run.descriptors.pop(name).close()
+    wanted = waiting_chardevs(guest)
+    listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
+    found = {}
+    for chardev in clients.connected_now(run.old.pid, wanted, listeners):
+        if chardev.client is not None:
+            run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+            found[chardev.label] = chardev.client
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MakeRoom(Step):
     """Let QEMU write what waits for clients that do not read: the new one would write it to those that stand in."""
@@ -192,12 +200,7 @@ class MakeRoom(Step):
         return "make room for what waits for connected clients"
 
     def do(self, run: Run) -> None:
-        assert run.old is not None
-        wanted = waiting_chardevs(self.guest)
-        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
-        for chardev in clients.connected_now(run.old.pid, wanted, listeners):
-            if chardev.client is not None:
-                run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+        hold_clients(run, self.guest)
         make_room(run, self.describe())
 
     def undo(self, run: Run) -> None:
@@ -214,9 +217,7 @@ class SaveState(Step):
         return "save the device state; QEMU stops the guest for it"
 
     def do(self, run: Run) -> None:
-        status = run.monitor.execute("query-status")["status"]
-        if status != self.guest.runstate:
-            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+        same_runstate(run, self.guest, self.describe())
         run.extra["seen_old"] = seen = run.monitor.event_count
         stream.save(run, in_place(run).state.number, self.describe())
         if self.guest.running:

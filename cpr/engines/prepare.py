@@ -62,9 +62,7 @@ class OpenMonitor(Step):
         except TimeoutError:
             raise MonitorHeld(str(address), "its queue of waiting clients is full", hint="somebody holds it") from None
         run.old_monitor = qmp.negotiate(first, str(address), attend=run.attend)
-        status = run.monitor.execute("query-status")["status"]
-        if status != self.guest.runstate:
-            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+        same_runstate(run, self.guest, self.describe())
 
     def undo(self, run: Run) -> None:
         if (second := run.extra.pop("second", None)) is not None:
@@ -209,11 +207,7 @@ class StartNew(Step):
             given[self.successor.control_number] = theirs.fileno()
         run.words = words_of(run.descriptors.get("stdio:2"))
         like = likeness.likeness_of(self.guest.process.pid)
-        new = self.successor
-        opened_again = [*new.forwards, *([new.gdb] if new.gdb else [])]
-        settings = Settings.of(self.guest, likeness.thread_placement(self.guest.process.pid), opened_again)
-        run.extra["settings"] = settings
-        run.journal.fact("settings", value=settings.json())
+        note_settings(run, self.guest, self.successor)
         self._guard_taps(run)
         run.journal.fact("starting", run=self.run_id)
         try:
@@ -267,6 +261,20 @@ class StartNew(Step):
         if run.new_monitor is not None:
             run.new_monitor.close()
         run.new_monitor = None
+
+
+def note_settings(run: Run, guest: Guest, new: Successor) -> None:
+    """Keep what is to be put back on the new QEMU, for `Settle` and in the journal."""
+    settings = Settings.of(guest, likeness.thread_placement(guest.process.pid), new.opened_again)
+    run.extra["settings"] = settings
+    run.journal.fact("settings", value=settings.json())
+
+
+def same_runstate(run: Run, guest: Guest, step: str) -> None:
+    """Raise StepFailed unless the guest is as it was when it was checked."""
+    status = run.monitor.execute("query-status")["status"]
+    if status != guest.runstate:
+        raise StepFailed(step, f"the guest was {guest.runstate} when checked and is {status} now")
 
 
 def greet(

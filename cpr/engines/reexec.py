@@ -69,8 +69,8 @@ class Reexec:
             plan.append(borrow.GiveMonitorsBack(guest=guest))
         if new.vnc:
             plan.append(switch.PassVncListeners(vnc=new.vnc))
-        if new.forwards or new.gdb:
-            plan.append(after.HandBack(forwards=new.forwards, gdb=new.gdb))
+        if new.opened_again:
+            plan.append(after.HandBack(commands=new.opened_again))
         plan += [arrive.LetClientsIn(guest=guest), after.Settle(guest=guest), after.Verify(guest=guest)]
         return plan
 

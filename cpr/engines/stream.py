@@ -30,9 +30,21 @@ NAME = "cpr-stream"
 ACCEPT_SECONDS = 5.0
 SLICE = 0.05
 """Seconds between two looks at interrupts and deadlines."""
-ENDED = ("completed", "failed", "cancelled")
 CHUNK = 1 << 18
 """Bytes at a time: about what a socket holds."""
+
+
+def our_end(monitor: Monitor, command: str) -> socket.socket:
+    """Have a QEMU send its state to us (`migrate`), or take one from us (`migrate-incoming`): our end of the way."""
+    theirs, ours = socket.socketpair()
+    try:
+        with theirs:
+            monitor.send_fd(NAME, theirs.fileno())
+        monitor.execute(command, uri=f"fd:{NAME}")
+    except BaseException:
+        ours.close()
+        raise
+    return ours
 
 
 def prepare(run: Run, guest: Guest) -> None:
@@ -99,7 +111,7 @@ def save(run: Run, state: int, step: str) -> None:
             data = here.recv(CHUNK)
         except TimeoutError:
             run.check(step)
-            if _failed(run):
+            if migration.has_failed(run.monitor.events()[run.extra["seen_old"] :]):
                 break
             continue
         if not data:
@@ -113,11 +125,6 @@ def save(run: Run, state: int, step: str) -> None:
     if status != "completed":
         words = migration.failure(run.monitor) or f"the migration is {status}"
         raise StepFailed(step, f"the state could not be saved: {words}")
-
-
-def _failed(run: Run) -> bool:
-    past = run.monitor.events()[run.extra["seen_old"] :]
-    return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
 
 
 def load_commands(number: int) -> tuple[Command, ...]:
@@ -142,7 +149,7 @@ def await_load(monitor: Monitor, replies: Sequence[dict[str, Any]], attend: Call
     errors = ["error" in reply for reply in replies]
     if errors[0] or all(errors[1:]):
         return next(str(reply["error"].get("desc", "")) for reply in replies if "error" in reply)
-    while (status := monitor.execute("query-migrate").get("status", "")) not in ENDED:
+    while (status := monitor.execute("query-migrate").get("status", "")) not in migration.ENDED:
         attend()
         seen = monitor.event_count
         with contextlib.suppress(TimeoutError):

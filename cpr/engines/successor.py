@@ -77,6 +77,11 @@ class Successor:
     """HMP command that opens the gdb stub again."""
     notes: tuple[str, ...]
 
+    @property
+    def opened_again(self) -> tuple[str, ...]:
+        """HMP commands that open what cannot be inherited."""
+        return (*self.forwards, *([self.gdb] if self.gdb else []))
+
 
 class _Numbers:
     """Descriptor numbers for the new QEMU, none twice."""

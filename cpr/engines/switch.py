@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.engines import stream
 from cpr.engines.doors import go_on, open_doors, stop_accepting
+from cpr.engines.prepare import same_runstate
 from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds, proc
@@ -21,7 +22,7 @@ from cpr.qemu import block, clients, migration, qmp
 from cpr.run import CommitRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cpr.run import Run
 
@@ -44,12 +45,14 @@ class PassVncListeners(Step):
 
     def give(self, run: Run, monitor: qmp.Monitor) -> None:
         for _, names in self.vnc:
-            addresses = []
-            for name in names:
-                label = name.replace(":", "-")
-                monitor.send_fd(label, run.descriptors[name].number)
-                addresses.append({"type": "fd", "str": label})
-            monitor.execute("display-update", type="vnc", addresses=addresses)
+            give_vnc(monitor, {name.replace(":", "-"): run.descriptors[name] for name in names})
+
+
+def give_vnc(monitor: qmp.Monitor, listeners: Mapping[str, fds.Fd]) -> None:
+    """Have a QEMU's VNC server listen on these and no others; the names are for the way only."""
+    for name, listener in listeners.items():
+        monitor.send_fd(name, listener.number)
+    monitor.execute("display-update", type="vnc", addresses=[{"type": "fd", "str": name} for name in listeners])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +148,7 @@ class MoveState(Step):
         return "move the device state; QEMU stops the guest for it"
 
     def do(self, run: Run) -> None:
-        status = run.monitor.execute("query-status")["status"]
-        if status != self.guest.runstate:
-            raise StepFailed(self.describe(), f"the guest was {self.guest.runstate} when checked and is {status} now")
+        same_runstate(run, self.guest, self.describe())
         seen_old, seen_new = run.monitor.event_count, run.successor.event_count
         run.extra["seen_old"] = seen_old
         run.blackout_began = time.monotonic()
@@ -172,19 +173,15 @@ class MoveState(Step):
 
     def _failed(self, run: Run) -> Callable[[], bool]:
         def old_failed() -> bool:
-            past = run.monitor.events()[run.extra["seen_old"] :]
-            return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in past)
+            return migration.has_failed(run.monitor.events()[run.extra["seen_old"] :])
 
         return old_failed
 
     def _await(self, run: Run, after: int) -> None:
         """Until the new QEMU has all of it."""
 
-        def ended(event: qmp.Event) -> bool:
-            return event.data.get("status") in ("completed", "failed", "cancelled")
-
-        unless = self._failed(run)
-        event = run.wait_event(run.successor, {"MIGRATION"}, self.describe(), ended, after=after, unless=unless)
+        step, unless = self.describe(), self._failed(run)
+        event = run.wait_event(run.successor, {"MIGRATION"}, step, migration.ended, after=after, unless=unless)
         if event is None or event.data["status"] != "completed":
             assert run.new is not None
             run.new.wait_dead(1.0)

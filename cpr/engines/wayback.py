@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cpr.engines import stream
 from cpr.engines.prepare import greet, same_ram, words_of
-from cpr.engines.settings import hand_back, put_back
+from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.engines.switch import CLIENT, PassVncListeners
 from cpr.errors import CommandFailed, CprError, StepFailed
@@ -64,7 +64,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
             run.resume_time = monitor.wait_event({"RESUME"}, timeout=2.0, after=seen).timestamp
     run.old, run.new = process, None
     run.old_monitor, run.new_monitor = monitor, None
-    _put_back(run, guest, back, kept)
+    _put_back(run, guest, back)
 
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
@@ -137,15 +137,16 @@ def _reconnect(run: Run, guest: Guest) -> None:
             run.notes.append(f"{label}: its client lost its place on the way back ({error.description})")
 
 
-def _put_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
+def _put_back(run: Run, guest: Guest, back: Successor) -> None:
     """The guest runs; what fails now is told, and nothing more."""
     assert run.old is not None
-    failed = put_back(run.monitor, kept.settings, old=guest.process.pid, new=run.old.pid)
+    settings: Settings = run.extra["settings"]
+    failed = put_back(run.monitor, settings, old=guest.process.pid, new=run.old.pid)
     told: list[str] = []
     try:
         if back.vnc:
             PassVncListeners(vnc=back.vnc).give(run, run.monitor)
-        told, more = hand_back(run.monitor, kept.settings.hand_back)
+        told, more = hand_back(run.monitor, settings.hand_back)
         failed += more
     except CprError as error:
         failed.append(error.message)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cpr.errors import CommandFailed, CprError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
-    from cpr.qemu.qmp import Monitor
+    from cpr.qemu.qmp import Event, Monitor
 
 SWITCHED_ON = ("x-ignore-shared", "events", "return-path")
 """x-ignore-shared: QEMU 4.0. return-path: the source learns of a load that fails, and goes on by itself."""
@@ -23,6 +23,9 @@ SWITCHED_ON = ("x-ignore-shared", "events", "return-path")
 STREAM: Mapping[str, int] = {"max-bandwidth": 10**12, "downtime-limit": 2000}
 """Bytes per second and milliseconds: the stream is small, and is to end in its first pass."""
 
+
+ENDED = ("completed", "failed", "cancelled")
+"""Of query-migrate and MIGRATION: nothing more will come of it."""
 
 ONE_WAY = ("x-ignore-shared", "events")
 """For a state that is kept, and loaded from there: nobody answers its source."""
@@ -57,6 +60,16 @@ def _set(monitor: Monitor, states: Mapping[str, bool]) -> None:
         chosen = [{"capability": n, "state": s} for n, s in sorted(states.items()) if s is wanted]
         if chosen:
             monitor.execute("migrate-set-capabilities", capabilities=chosen)
+
+
+def ended(event: Event) -> bool:
+    """A MIGRATION event after which no other comes."""
+    return event.data.get("status") in ENDED
+
+
+def has_failed(events: Iterable[Event]) -> bool:
+    """One of them says so."""
+    return any(e.name == "MIGRATION" and e.data.get("status") == "failed" for e in events)
 
 
 def failure(monitor: Monitor) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from cpr.qemu.cmdline.rehearsal import MONITOR
 from cpr.qemu.features import PENDING, last_words
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
+from cpr.qemu.variables import DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,8 +43,6 @@ SCAN_SECONDS = 5.0
 MONITOR_NUMBER = 20
 """Of the private monitor in the rehearsal: above what QEMU could take for one of its own early on."""
 CHUNK = 1 << 20
-PLANTED = re.compile(r"CPR_(FD_|RUN|PIDFILE$|QEMU_OPTIONS$)|QEMU_((FD|BOOL|CPR|ADDR|LEN)_|START_FREEZE$)")
-"""Variables that some QEMU or an update would act on."""
 
 
 class NotStarted(Exception):
@@ -175,7 +173,7 @@ def _launch(
     said: Fd,
     deadline: float,
 ) -> Process:
-    environ = [(k, v) for k, v in guest.environ if not PLANTED.match(k)]
+    environ = [(k, v) for k, v in guest.environ if not DROPPED.match(k)]
     try:
         launched = likeness.launch(
             likeness.likeness_of(guest.process.pid),

@@ -184,10 +184,7 @@ def test_the_command_is_killed_after_the_commit(victim: Victim, stage: Stage, mo
 def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Moment) -> None:
     """`cpr recover` brings it to an end: back before the commit's line, forward behind it."""
     before = victim.before()
-    with victim.command(stage, Fault(at=moment.at, do="wait")) as command:
-        keeper = stage.wait().keeper
-        killed(command)
-        victim.kill(keeper)
+    victim.kill_both(stage, Fault(at=moment.at, do="wait"))
     assert [guest["open"] for run in cpr("runs", "--json").json["runs"] for guest in run["guests"]] == [True]
     result = cpr("recover", "--json")
     if moment.recorded:

@@ -230,10 +230,7 @@ def test_many_at_once(victim: Victim, cpr: Command) -> None:
 @pytest.mark.full
 def test_what_was_interrupted_is_recovered_before_anything_else(victim: Victim, cpr: Command, stage: Stage) -> None:
     before = victim.before()
-    with victim.command(stage, Fault(at=at("MoveState", "done"), do="wait")) as command:
-        keeper = stage.wait().keeper
-        killed(command)
-        victim.kill(keeper)
+    victim.kill_both(stage, Fault(at=at("MoveState", "done"), do="wait"))
     second = cpr("update", victim.pid, "--qemu", victim.target.binary.path, "-y", "--json")
     assert (second.code, second.guest["status"]) == (Exit.BUSY, "busy")
     assert second.guest["hint"].startswith("cpr recover ")

@@ -14,7 +14,7 @@ from cpr.linux.lock import make_run_directory
 from cpr.model import Status
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.moments import Script
-from tests.qemu.faults.subject import Victim, killed
+from tests.qemu.faults.subject import Victim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,10 +122,7 @@ def test_a_run_directory_that_fills_meanwhile_is_no_matter(room: Tmpfs, victim: 
 @pytest.mark.parametrize("when", FILLED)
 def test_recover_needs_no_room(room: Tmpfs, victim: Victim, cpr: Command, stage: Stage, when: str) -> None:
     before = victim.before()
-    with victim.command(stage, Fault(at=moment(when), do="wait")) as command:
-        keeper = stage.wait().keeper
-        killed(command)
-        victim.kill(keeper)
+    victim.kill_both(stage, Fault(at=moment(when), do="wait"))
     for left in os.listdir(room.path / "locks"):
         (room.path / "locks" / left).unlink()  # it would have its room too
     room.fill()

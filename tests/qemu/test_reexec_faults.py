@@ -15,7 +15,7 @@ from cpr.model import Status
 from cpr.run import Bounds
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.moments import Moment, Script
-from tests.qemu.faults.subject import Victim, killed
+from tests.qemu.faults.subject import Victim
 
 if TYPE_CHECKING:
 
@@ -99,10 +99,7 @@ def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
 @pytest.mark.parametrize("moment", moments("both", lambda m: m.index >= SCRIPT.names.index(EXEC)))
 def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Moment) -> None:
     before = victim.before()
-    with victim.command(stage, Fault(at=moment.at, do="wait")) as command:
-        keeper = stage.wait().keeper
-        killed(command)
-        victim.kill(keeper)
+    victim.kill_both(stage, Fault(at=moment.at, do="wait"))
     result = cpr("recover", "--json")
     if moment.after(EXEC):
         assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)

@@ -160,6 +160,13 @@ class Victim:
             finally:
                 process.kill()
 
+    def kill_both(self, stage: Stage, fault: Fault) -> None:
+        """Command and keeper, while the fault waits."""
+        with self.command(stage, fault) as command:
+            keeper = stage.wait().keeper
+            killed(command)
+            self.kill(keeper)
+
     def follow(self, pid: int) -> None:
         """It is in this QEMU now."""
         if pid:
