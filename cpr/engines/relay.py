@@ -186,6 +186,11 @@ class Relay:
         return self._pump.answered
 
     @property
+    def begun(self) -> bool:
+        """A part of a client's command is here, as it was too long to wait for its end in the kernel's queue."""
+        return self._pump.begun
+
+    @property
     def client_gone(self) -> bool:
         """The client hung up. QEMU does not know yet, and will be told by `give_back`."""
         return self._pump.client_gone

@@ -214,7 +214,8 @@ def test_a_command_begun_while_we_are_there(lab: Lab, builds: Builds, padding: b
         client.write(b't"}')
         assert client.message()["id"] == "cut"
         client.write(begun)
-        if padding:  # it had to be taken in parts
+        if padding:  # it has to be taken in parts
+            until(lambda: relay.begun)
             assert not relay.quiesce(0.2)
             client.write(b't"}')
             assert client.message()["id"] == "cut"
