@@ -112,6 +112,8 @@ class LetClientsIn(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
+        if kept.old_memory is not None:
+            kept.old_memory.release()
         for sock in kept.standing_in.values():
             sock.close()
         kept.standing_in.clear()

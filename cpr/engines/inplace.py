@@ -19,6 +19,7 @@ from cpr.engines.successor import waiting_chardevs
 from cpr.engines.switch import CLIENT, make_room, take_room_back
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import fds, likeness
+from cpr.linux.address_space import AddressSpace
 from cpr.linux.tracer import Tracer
 from cpr.model import Guest, Step
 from cpr.qemu import clients, migration
@@ -59,6 +60,8 @@ class InPlace:
     changed: tuple[int, ...] = ()
     """Numbers without FD_CLOEXEC that had it."""
     executed: bool = False
+    old_memory: AddressSpace | None = None
+    """Held, so that the exec does not wait until all of it is unmapped; None where that cannot be had."""
 
     @property
     def left(self) -> fdmap.FdMap:
@@ -101,6 +104,7 @@ class PrepareExec(Step):
         )
         run.closing.callback(kept.tracer.close)
         run.closing.callback(kept.places.close)
+        self._hold_memory(run, kept)
         names = [STATE, *(e.name for e in new.inherited if e.source is None)]
         run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
@@ -113,6 +117,14 @@ class PrepareExec(Step):
             with theirs:
                 self._give(run, kept, new.control, theirs.fileno())
         run.notes += new.notes
+
+    def _hold_memory(self, run: Run, kept: InPlace) -> None:
+        try:
+            kept.old_memory = AddressSpace.hold(self.guest.process.pid)
+        except OSError as error:
+            run.notes.append(f"the pause is longer, as the old memory is unmapped in it ({error.strerror or error})")
+        else:
+            run.closing.callback(kept.old_memory.close)
 
     def _give(self, run: Run, kept: InPlace, name: str, number: int) -> None:
         """Send a descriptor, and find out under which number the process has it."""
@@ -136,6 +148,8 @@ class PrepareExec(Step):
         if kept is None:
             return
         kept.tracer.close()
+        if kept.old_memory is not None:
+            kept.old_memory.close()
         if kept.executed:
             return
         for name in kept.given:

@@ -29,6 +29,7 @@ _GENERIC = {
     "statx": 291,
     "kexec_file_load": 294,
     "kexec_load": 104,
+    "userfaultfd": 282,
 }
 _NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {
@@ -40,6 +41,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "statx": 332,
         "kexec_file_load": 320,
         "kexec_load": 246,
+        "userfaultfd": 323,
     },
     "s390x": {
         "kcmp": 343,
@@ -50,6 +52,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "statx": 379,
         "kexec_file_load": 381,
         "kexec_load": 277,
+        "userfaultfd": 355,
     },
     "ppc64le": {
         "kcmp": 354,
@@ -60,6 +63,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "statx": 383,
         "kexec_file_load": 382,
         "kexec_load": 268,
+        "userfaultfd": 364,
     },
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
@@ -293,6 +297,11 @@ def kexec_refusal(call: str) -> int:
 def reboot(command: int) -> None:
     """reboot(2). With LINUX_REBOOT_CMD_KEXEC it does not return, and syncs nothing."""
     _checked(_libc.reboot(ctypes.c_int(command)), "reboot")
+
+
+def userfaultfd(flags: int) -> int:
+    """A new descriptor; one that hears of faults of the kernel's own needs CAP_SYS_PTRACE."""
+    return syscall(_number("userfaultfd"), flags, call="userfaultfd")
 
 
 def fs_uuid(fd: int) -> bytes:
