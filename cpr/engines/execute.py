@@ -169,6 +169,9 @@ class ExecNew(Step):
         environ = tuple(f"{name}={value}" for name, value in (*self.successor.environ, *told))
         program = Exec(self.target.binary.path, self.successor.argv, environ)
         after: dict[str, Birth] = run.extra.get(threads.AFTER, {})
+        if kept.console is not None:
+            with contextlib.suppress(OSError):
+                kept.console.as_before()
         replies = kept.tracer.events(Batch(tuple(calls)), program, Follow(after) if after else Detach())
         next(replies).raise_error()
         try:
@@ -207,6 +210,9 @@ class ExecNew(Step):
         if kept.executed:
             bring_back(run, self.guest, self.back, kept)
             return
+        if kept.console is not None:
+            with contextlib.suppress(OSError):
+                kept.console.as_now()
         kept.tracer.close()  # its threads run again
         if kept.changed:
             assert run.old is not None
