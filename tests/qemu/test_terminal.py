@@ -120,33 +120,3 @@ def test_the_modes_are_put_back_at_the_end(
             monitor.execute("quit")
         assert process.wait(20) == 0
     assert terminal.state() == before
-
-
-AGAIN = """case "$*" in
-*cpr-rehearsal*) echo >> $0.count; [ $(wc -l < $0.count) -lt 2 ] || {at_last} ;;
-*defer*) exit 1 ;;
-esac
-exec {real} "$@"
-"""
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("at_last", ["rm $0", "true"], ids=["nothing to execute", "does not start"])
-def test_an_update_that_fails_leaves_it_raw(
-    lab: Lab, cpr: Command, builds: Builds, terminal: Terminal, at_last: str
-) -> None:
-    """At the exec, or behind it: then the old program is started again, in a process of its own."""
-    fake = lab.directory / "qemu-system-x86_64"
-    fake.write_text("#!/bin/sh\n" + AGAIN.format(at_last=at_last, real=builds("11.1.a").binary))
-    fake.chmod(0o755)
-    before = terminal.state()
-    with on(terminal, lab, builds("7.2"), "-serial", "stdio") as process:
-        raw = terminal.state()
-        result = cpr("update", "--restart", unique(lab), "--qemu", fake, "-y", "--json", "--engine", "reexec")
-        assert result.code == 6, str(result)
-        assert (process.poll() is None) is (at_last != "true")
-        assert terminal.state() == raw
-        goes_on(terminal)
-        with Qmp(lab.directory / "qmp") as monitor, contextlib.suppress(EOFError):
-            monitor.execute("quit")
-        until(lambda: terminal.state() == before)
