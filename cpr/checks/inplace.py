@@ -78,7 +78,7 @@ def thread_ids(guest: Guest, host: Host) -> Iterator[Finding]:
     if libvirt and not {"CAP_CHECKPOINT_RESTORE", "CAP_SYS_ADMIN"} & set(host.capabilities):
         yield note(
             "CAP_CHECKPOINT_RESTORE",
-            "threads of vCPUs get new ids, which libvirt learns of when it is restarted only (CAP_CHECKPOINT_RESTORE is "
-            "missing: with it they mostly keep theirs)",
+            "threads of vCPUs get new ids, which libvirt learns of when it is restarted only "
+            "(CAP_CHECKPOINT_RESTORE is missing: with it they mostly keep theirs)",
             "restart libvirtd afterwards, or run cpr as root",
         )

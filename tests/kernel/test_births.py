@@ -82,7 +82,7 @@ def test_the_second_thread_gets_the_id() -> None:
         with child() as pid, open_process(pid) as process, Tracer.start(process) as tracer:
             wanted = free_id()
             followed(tracer, {FIRST: Birth(wanted, "python")})
-            eventually(lambda: all_run(pid), 20)  # noqa: B023 - at once
+            eventually(lambda: all_run(pid), 20)
             if wanted in [thread.tid for thread in threads(pid)]:
                 return
     raise AssertionError("it was never given")

@@ -202,7 +202,8 @@ PROCESS = [
     Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
     Case("async-teardown", "none", guest()),
     Case("seccomp-filters", "three", guest(seccomp_filters=3), [(N, "pid 4242")]),
-    Case("thread-ids", "libvirt remembers them", LIBVIRT, [(N, "CAP_CHECKPOINT_RESTORE")], {"host": host(capabilities=())}),
+    Case("thread-ids", "libvirt remembers them", LIBVIRT, [(N, "CAP_CHECKPOINT_RESTORE")],
+         {"host": host(capabilities=())}),
     Case("thread-ids", "nobody remembers them", guest(), [], {"host": host(capabilities=())}),
     *(Case("thread-ids", f"kept with {name}", LIBVIRT, [], {"host": host(capabilities=(name,))})
       for name in ("CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE")),
