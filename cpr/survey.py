@@ -153,7 +153,7 @@ class _Survey:
         pid, candidate, command = self.pid, self.candidate, self.command
         answers = Answers(self.monitor)
         answers.ahead(*QUESTIONS)
-        threads = self.readable("task", lambda: thread_ids(pid), {})
+        threads = self.readable("task", lambda: proc.thread_ids(pid), {})
         vcpus = self.vcpus(answers, threads)
         status = proc.read_status(pid)
         table: tuple[OpenDescriptor, ...] = self.readable("fd", lambda: descriptor_table(pid), ())
@@ -287,26 +287,6 @@ class _Survey:
     def binary(self, answers: Answers) -> Binary:
         version, package = answers.read("query-version", parse_version, ("", ""))
         return replace(self.candidate.binary, version=version or None, package=package)
-
-
-def thread_ids(pid: int) -> dict[int, int]:
-    """Thread id as the process itself counts (gettid) -> as this host counts.
-
-    They differ in a pid namespace; QEMU tells the inner ones.
-
-    Raises:
-        ProcessLookupError: the process is gone.
-    """
-    threads = [thread.tid for thread in proc.threads(pid)]
-    if len(proc.read_status(pid).ns_pids) < 2:
-        return {tid: tid for tid in threads}
-    found = {}
-    for tid in threads:
-        try:
-            found[proc.read_status(tid).ns_pids[-1]] = tid
-        except ProcessLookupError:
-            continue  # a worker that ended
-    return found
 
 
 def config_files(pid: int, argv: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from cpr.checks.words import some
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cpr.model import Finding, Guest
+    from cpr.model import Finding, Guest, Host
 
 REEXEC = ("reexec",)
 
@@ -68,4 +68,17 @@ def seccomp_filters(guest: Guest) -> Iterator[Finding]:
             f"pid {guest.process.pid}",
             f"the process has {count} seccomp filters, and each re-exec adds the new QEMU's: system calls become a "
             "little slower each time; a handover starts with none of the old",
+        )
+
+
+@check("thread-ids", "Thread ids that somebody remembers, and that change", engines=REEXEC)
+def thread_ids(guest: Guest, host: Host) -> Iterator[Finding]:
+    """libvirt pins vCPUs and I/O threads by the ids that it asked for once; an exec ends these threads."""
+    libvirt = any(supervisor.kind == "libvirt" for supervisor in guest.supervisors)
+    if libvirt and not {"CAP_CHECKPOINT_RESTORE", "CAP_SYS_ADMIN"} & set(host.capabilities):
+        yield note(
+            "CAP_CHECKPOINT_RESTORE",
+            "threads of vCPUs get new ids, which libvirt learns of when it is restarted only "
+            "(CAP_CHECKPOINT_RESTORE is missing: with it they mostly keep theirs)",
+            "restart libvirtd afterwards, or run cpr as root",
         )

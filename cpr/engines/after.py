@@ -5,15 +5,17 @@ Nothing is undone any more; what fails is reported as a difference and the next 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr import verify
+from cpr.engines import threads
 from cpr.engines.prepare import release
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.switch import take_room_back
-from cpr.errors import StepFailed
+from cpr.errors import CprError, StepFailed
 from cpr.model import Guest, Step
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ class Settle(Step):
         assert run.new is not None
         settings: Settings = run.extra["settings"]
         failed = put_back(run.successor, settings, old=self.guest.process.pid, new=run.new.pid)
+        if run.new.pid == self.guest.process.pid:
+            with contextlib.suppress(CprError, OSError):
+                run.notes += threads.changed(threads.of_guest(self.guest), threads.now(run.successor, run.new.pid))
         for sock in run.extra.pop("held", []):
             sock.close()
         take_room_back(run)

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
+from cpr.engines import stream, threads
 from cpr.engines.prepare import same_runstate
 from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
 from cpr.model import Guest, Step, Target
@@ -118,6 +118,8 @@ class RehearseState(Step):
             known = [[p.qemu.process.pid, p.qemu.process.start_time] for p in parties]
             run.journal.fact("rehearsing", processes=[*known, [it.process.pid, it.process.start_time]])
             # a stream without RAM is refused by who expects to leave some out (QEMU 8.1, "capabilities")
+            if not back:
+                threads.learn(run, self.guest, it)
             migration.prepare(it.monitor, migration.SWITCHED_ON if self.guest.running else ("events",))
             parties.append(_Party(it, back, it.monitor.event_count))
         return parties

@@ -11,7 +11,7 @@ import select
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpr.engines import fdmap, ptys, stream
+from cpr.engines import fdmap, ptys, stream, threads
 from cpr.engines.borrow import relays
 from cpr.engines.inplace import STATE, InPlace, hold_clients, in_place
 from cpr.engines.prepare import greet
@@ -21,7 +21,7 @@ from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Exec, Look, Tracer
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
 from cpr.model import Guest, Step, Target
 from cpr.qemu import clients, qmp
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cpr.engines.successor import Inherited, Successor
+    from cpr.linux.births import Birth
     from cpr.run import Run
 
 LOOKS = 20
@@ -167,7 +168,11 @@ class ExecNew(Step):
         told = [pair for pair in fdmap.encode(kept.map) if pair[0] != fdmap.RUN]  # the mark is there already
         environ = tuple(f"{name}={value}" for name, value in (*self.successor.environ, *told))
         program = Exec(self.target.binary.path, self.successor.argv, environ)
-        replies = kept.tracer.events(Batch(tuple(calls)), program, Detach())
+        after: dict[str, Birth] = run.extra.get(threads.AFTER, {})
+        if kept.console is not None:
+            with contextlib.suppress(OSError):
+                kept.console.as_before()
+        replies = kept.tracer.events(Batch(tuple(calls)), program, Follow(after) if after else Detach())
         next(replies).raise_error()
         try:
             next(replies).raise_error()
@@ -205,6 +210,9 @@ class ExecNew(Step):
         if kept.executed:
             bring_back(run, self.guest, self.back, kept)
             return
+        if kept.console is not None:
+            with contextlib.suppress(OSError):
+                kept.console.as_now()
         kept.tracer.close()  # its threads run again
         if kept.changed:
             assert run.old is not None

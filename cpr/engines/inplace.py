@@ -18,7 +18,7 @@ from cpr.engines.prepare import note_settings, same_runstate, shared_files, word
 from cpr.engines.successor import waiting_chardevs
 from cpr.engines.switch import CLIENT, make_room, take_room_back
 from cpr.errors import CommandFailed, StepFailed
-from cpr.linux import fds, likeness
+from cpr.linux import fds, likeness, terminal
 from cpr.linux.address_space import AddressSpace
 from cpr.linux.tracer import Tracer
 from cpr.model import Guest, Step
@@ -59,6 +59,8 @@ class InPlace:
     """What survives the exec in the guest's process."""
     changed: tuple[int, ...] = ()
     """Numbers without FD_CLOEXEC that had it."""
+    console: terminal.Console | None = None
+    """The terminal of a `stdio` chardev."""
     executed: bool = False
     old_memory: AddressSpace | None = None
     """Held, so that the exec does not wait until all of it is unmapped; None where that cannot be had."""
@@ -105,6 +107,7 @@ class PrepareExec(Step):
         run.closing.callback(kept.tracer.close)
         run.closing.callback(kept.places.close)
         self._hold_memory(run, kept)
+        kept.console = self._console(run)
         names = [STATE, *(e.name for e in new.inherited if e.source is None)]
         run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
@@ -125,6 +128,19 @@ class PrepareExec(Step):
             run.notes.append(f"the pause is longer, as the old memory is unmapped in it ({error.strerror or error})")
         else:
             run.closing.callback(kept.old_memory.close)
+
+    def _console(self, run: Run) -> terminal.Console | None:
+        """The terminal that the new QEMU shall find as the old one found it, and leave so when it ends."""
+        stdin = run.descriptors.get("stdio:0")
+        if stdin is None or all(c.backend != "stdio" for c in self.guest.chardevs):
+            return None
+        with contextlib.suppress(OSError):
+            if not os.isatty(stdin.number):
+                return None
+            if (found := terminal.console(self.guest.process.pid, stdin.number)) is not None:
+                return found
+        run.notes.append("which modes the terminal had is not known: it stays raw when the guest ends (stty sane)")
+        return None
 
     def _give(self, run: Run, kept: InPlace, name: str, number: int) -> None:
         """Send a descriptor, and find out under which number the process has it."""

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from cpr.engines import threads
 from cpr.errors import CommandFailed, CprError, MonitorError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.likeness import ThreadPlacement
@@ -39,7 +40,7 @@ class Settings:
     stats_polling: tuple[tuple[str, int], ...]
     """(QOM path of a balloon, seconds)."""
     threads: Mapping[str, ThreadPlacement]
-    """By what a thread is for: `vcpu 0`, `iothread io0`."""
+    """By what a thread is for, as in threads.py."""
     pidfile: str
     cwd: str
     hand_back: tuple[str, ...]
@@ -48,8 +49,7 @@ class Settings:
     @classmethod
     def of(cls, guest: Guest, placement: Iterable[ThreadPlacement], hand_back: Iterable[str]) -> Self:
         placed = {p.tid: p for p in placement}
-        wanted = {f"vcpu {v.index}": v.thread_id for v in guest.vcpus}
-        wanted |= {f"iothread {name}": tid for name, tid in guest.iothreads}
+        wanted = threads.of_guest(guest)
         return cls(
             capabilities=dict(guest.capabilities),
             parameters={name: guest.parameters[name] for name in migration.STREAM if name in guest.parameters},
@@ -100,7 +100,7 @@ def put_back(monitor: Monitor, settings: Settings, *, old: int, new: int) -> lis
         lambda: migration.restore(monitor, settings.capabilities, settings.parameters),
         lambda: set_discard(monitor, settings.discarding, on=True),
         polling,
-        lambda: _place_threads(monitor, settings.threads),
+        lambda: _place_threads(monitor, settings.threads, new),
     )
     for step in steps:
         try:
@@ -127,15 +127,12 @@ def set_discard(monitor: Monitor, paths: Collection[str], *, on: bool) -> None:
             raise StepFailed(f"discard-data={'on' if on else 'off'}", f"{path} does not take it")
 
 
-def _place_threads(monitor: Monitor, threads: Mapping[str, ThreadPlacement]) -> None:
+def _place_threads(monitor: Monitor, placed: Mapping[str, ThreadPlacement], pid: int) -> None:
     """vCPU and I/O threads get the affinity, scheduling and cgroup of those they replace."""
-    if not threads:
-        return
-    now = {f"vcpu {c['cpu-index']}": int(c["thread-id"]) for c in monitor.execute("query-cpus-fast")}
-    now |= {f"iothread {t['id']}": int(t["thread-id"]) for t in monitor.execute("query-iothreads")}
-    for name, placement in threads.items():
-        if name in now:
-            likeness.apply_placement(now[name], placement)
+    there = threads.now(monitor, pid) if placed else {}
+    for name, placement in placed.items():
+        if name in there:
+            likeness.apply_placement(there[name], placement)
 
 
 def hand_back(monitor: Monitor, commands: Iterable[str], since: float | None = None) -> tuple[list[str], list[str]]:

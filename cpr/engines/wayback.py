@@ -91,6 +91,9 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
     run.words = words_of(run.descriptors.get("stdio:2"))
     ours, theirs = socket.socketpair()
     assert back.control_number is not None
+    if kept.console is not None:
+        with contextlib.suppress(OSError):
+            kept.console.as_before()
     given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
     given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
     with theirs:

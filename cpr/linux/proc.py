@@ -53,8 +53,8 @@ __all__ = [
     "is_zombie", "limits", "memory_room", "namespaces", "oom_score_adj", "parent_of", "parse_cgroup", "parse_environ",
     "parse_limits", "parse_maps", "parse_net_tcp", "parse_net_unix", "parse_stat", "parse_status", "pids_room",
     "process_start_time", "processes", "read_argv", "read_environ", "read_maps", "read_net_tcp", "read_net_unix",
-    "read_stat", "read_status", "root", "scheduling", "security_label", "split_argv", "threads", "unit_of",
-    "unix_backlog",
+    "read_stat", "read_status", "root", "scheduling", "security_label", "split_argv", "thread_ids", "threads",
+    "unit_of", "unix_backlog",
 ]  # fmt: skip
 
 _DELETED = " (deleted)"
@@ -214,6 +214,26 @@ def threads(pid: int) -> tuple[Thread, ...]:
     if not found:
         raise procfile.gone(pid)
     return tuple(found)
+
+
+def thread_ids(pid: int) -> dict[int, int]:
+    """Thread id as the process itself counts (gettid) -> as this host counts.
+
+    They differ in a pid namespace; QEMU tells the inner ones.
+
+    Raises:
+        ProcessLookupError: the process is gone.
+    """
+    tids = [thread.tid for thread in threads(pid)]
+    if len(read_status(pid).ns_pids) < 2:
+        return {tid: tid for tid in tids}
+    found = {}
+    for tid in tids:
+        try:
+            found[read_status(tid).ns_pids[-1]] = tid
+        except ProcessLookupError:
+            continue  # a worker that ended
+    return found
 
 
 def security_label(pid: int) -> str | None:

@@ -33,6 +33,8 @@ PTRACE_GETSIGMASK = 0x420A
 PTRACE_SETSIGMASK = 0x420B
 PTRACE_EVENT_STOP = 128
 PTRACE_EVENT_EXEC = int(_func.PTRACE_EVENT_EXEC)
+PTRACE_EVENT_CLONE = int(_func.PTRACE_EVENT_CLONE)
+PTRACE_O_TRACECLONE = int(_func.PTRACE_O_TRACECLONE)
 PTRACE_O_TRACESYSGOOD = int(_func.PTRACE_O_TRACESYSGOOD)
 PTRACE_O_TRACEEXEC = int(_func.PTRACE_O_TRACEEXEC)
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
@@ -97,6 +99,13 @@ def resume_to_syscall(tid: int, number: int = 0) -> None:
 def detach(tid: int) -> None:
     """Let it go. A group-stop (SIGSTOP) that is in effect takes hold of it again (__ptrace_unlink)."""
     _do(_func.PTRACE_DETACH, tid)
+
+
+def event_message(tid: int) -> int:
+    """What goes with the event that it stands at: of PTRACE_EVENT_CLONE the new thread."""
+    value = ctypes.c_ulong()
+    _do(_func.PTRACE_GETEVENTMSG, tid, 0, ctypes.addressof(value))
+    return value.value
 
 
 def registers(tid: int) -> Registers:

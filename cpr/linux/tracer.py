@@ -1,6 +1,6 @@
 """The tracer: a small process of its own that stops a process and makes system calls in it, and outlives its caller.
 
-    Tracer ── length, pickled list of operations ──► helper       Attach, Batch, Exec, Detach
+    Tracer ── length, pickled list of operations ──► helper       Attach, Batch, Exec, Detach or Follow
            ◄── length, pickled Reply, one for each operation ──
 
 It is started before the pause, finds out beforehand what takes time, and waits. After an operation that failed it
@@ -30,11 +30,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from cpr.errors import Blocked, CprError, PrivilegeError
-from cpr.linux import stub
+from cpr.linux import births, stub
 from cpr.linux.process import Process, open_process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cpr.linux.tracee import Call, Tracee
 
@@ -76,11 +76,20 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
+class Follow:
+    """After Exec, instead of Detach: let the new program begin, and its threads get the ids that they should have
+    (births.py). It is done at once, and ends at the next operation if not before."""
+
+    after: dict[str, births.Birth]
+    """{name of a thread, or births.FIRST: the one that is born next}."""
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """Find out, while the process runs, what Attach would find out: after an Exec, once the program has begun."""
 
 
-Operation = Attach | Batch | Exec | Detach | Look
+Operation = Attach | Batch | Exec | Detach | Follow | Look
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +254,8 @@ class Helper:
         self._process = process
         self._room = stub.find_room(process.pid)
         self._tracee: Tracee | None = None
+        self._after: dict[str, births.Birth] | None = None
+        """While the new program is to be followed."""
         self._gone = select.poll()
         self._gone.register(sock, select.POLLRDHUP)
 
@@ -253,6 +264,17 @@ class Helper:
         while isinstance(operations := _receive(self._socket), tuple):
             if not self._do_all(operations):
                 return
+            if self._after is not None:
+                self._follow(self._after)
+                self._after = None
+
+    def _follow(self, after: Mapping[str, births.Birth]) -> None:
+        """Raises TimeoutError: the end of ours is what lets the program go on."""
+        told = select.poll()
+        told.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        with contextlib.suppress(ProcessLookupError):
+            births.follow(self._process.pid, after, lambda: bool(told.poll(0)))
+        self.undo()
 
     def undo(self) -> None:
         if self._tracee is not None:
@@ -283,6 +305,10 @@ class Helper:
             )
         elif isinstance(operation, Detach):
             self.undo()
+        elif isinstance(operation, Follow):
+            if self._tracee is None or not self._tracee.executed:
+                raise ValueError("nothing was executed")
+            self._after = operation.after
         elif isinstance(operation, Look):
             self._room = self._room or stub.find_room(self._process.pid)
         elif self._tracee is None:
@@ -327,7 +353,7 @@ def main() -> None:
     gc.disable()
     with contextlib.suppress(ConnectionError):
         _send(sock, Reply())
-        with contextlib.suppress(CallerGone):
+        with contextlib.suppress(CallerGone, TimeoutError):
             helper.work()
     helper.undo()
     os._exit(0)

@@ -69,13 +69,15 @@ class Command:
     def __init__(self, lab: Lab, engine: str = "") -> None:
         self.lab = lab
         self.engine = engine
+        self.prefix: tuple[str, ...] = ()
+        """Comes before the program (setpriv, ...)."""
         self.run_directory = lab.directory / "run"
         self.environment = {**os.environ, **lab.environment, "CPR_RUN_DIR": str(self.run_directory)}
 
     def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
         """Start it and do not wait."""
         return subprocess.Popen(
-            [sys.executable, "-m", "cpr", *map(str, words)],
+            [*self.prefix, sys.executable, "-m", "cpr", *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

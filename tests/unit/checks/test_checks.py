@@ -156,6 +156,8 @@ YAMA = Untraceable(
     why="kernel.yama.ptrace_scope is 1", ability="CAP_SYS_PTRACE", way_out="needs CAP_SYS_PTRACE"
 )
 
+LIBVIRT = guest(supervisors=(Supervisor(kind="libvirt", who="libvirt"),))
+
 PROCESS = [
     *(Case("supervised", kind, guest(supervisors=(Supervisor(kind=kind, who="w"),)), [(B, f"{kind} w")])
       for kind in ("systemd", "libvirt", "container", "parent", "something")),
@@ -200,6 +202,11 @@ PROCESS = [
     Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
     Case("async-teardown", "none", guest()),
     Case("seccomp-filters", "three", guest(seccomp_filters=3), [(N, "pid 4242")]),
+    Case("thread-ids", "libvirt remembers them", LIBVIRT, [(N, "CAP_CHECKPOINT_RESTORE")],
+         {"host": host(capabilities=())}),
+    Case("thread-ids", "nobody remembers them", guest(), [], {"host": host(capabilities=())}),
+    *(Case("thread-ids", f"kept with {name}", LIBVIRT, [], {"host": host(capabilities=(name,))})
+      for name in ("CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE")),
     *(Case("seccomp-filters", str(n), guest(seccomp_filters=n)) for n in (None, 0, 1)),
 ]  # fmt: skip
 
