@@ -445,6 +445,8 @@ class Guest:
     """None: it has no port for one. Asked for a reboot only."""
     s3_disabled: bool | None = None
     """Its firmware does not offer suspend to RAM; None: not known."""
+    monitor_held: bool = False
+    """A client holds `monitor`, and every other one: its session has to be borrowed."""
 
     @property
     def running(self) -> bool:

@@ -13,7 +13,8 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
+from cpr.engines import graft, stream
+from cpr.engines.borrow import note_number, relays, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
@@ -21,19 +22,20 @@ from cpr.engines.switch import CLIENT, PassVncListeners
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
+from cpr.linux.tracer import Tracer
+from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Successor
     from cpr.model import Guest
-    from cpr.qemu import qmp
     from cpr.run import Run
 
 STEP = "start the old QEMU again"
 ATTEMPTS = 3
-STATE_NUMBER, PROGRAM_NUMBER = 8, 9
-"""Below all that a successor is given: the state, for `cpr recover`, and the old program where another file stands at
-its path now."""
+STATE_NUMBER, PROGRAM_NUMBER, CLIENT_NUMBERS = 8, 9, range(10, 20)
+"""Below all that a successor is given: the state, for `cpr recover`; the old program where another file stands at its
+path now; clients whose monitors were borrowed."""
 
 
 def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
@@ -65,6 +67,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.old, run.new = process, None
     run.old_monitor, run.new_monitor = monitor, None
     _put_back(run, guest, back)
+    _give_monitors_back(run, process)
 
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
@@ -93,6 +96,7 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
     assert back.control_number is not None
     given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
     given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
+    given |= dict(zip(CLIENT_NUMBERS, (relay.client_number for relay in relays(run).values()), strict=False))
     with theirs:
         for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
             try:
@@ -151,3 +155,27 @@ def _put_back(run: Run, guest: Guest, back: Successor) -> None:
     except CprError as error:
         failed.append(error.message)
     run.notes += [*told, *failed]
+
+
+def _give_monitors_back(run: Run, process: Process) -> None:
+    """Clients whose sessions were borrowed have them again, with the old program. One that cannot is told of."""
+    for sock in run.extra.get("held", []):
+        sock.close()  # they wait for the monitors, or were with the one that failed
+    for number, (label, relay) in zip(CLIENT_NUMBERS, list(relays(run).items()), strict=False):
+        try:
+            relay.move(process, number)
+            listener = run.descriptors[f"listener:{label}"]
+            sock = qmp.open_socket(clients.listen_address(listener, label), process.pid)
+            relay.reconnect(sock)
+            accepted = graft.accepted_of(process, sock)
+            if accepted is None:
+                raise StepFailed(STEP, "it was not found out which descriptor of QEMU our session is")
+            note_number(run, label, accepted)
+            if "RESUME" not in relay.hiding:
+                tell_resume(relay, run.monitor)
+            with Tracer.start(process) as tracer:
+                relay.give_back(tracer, accepted)
+        except (CprError, OSError) as error:
+            run.notes.append(f"{label}: its client lost its session on the way back ({error})")
+            relay.close()
+        del relays(run)[label]
