@@ -204,6 +204,7 @@ def mend_monitors(record: Record, process: Process) -> list[str]:
                         tracer,
                         MonitorAddress(**fact["address"]),
                         kept,
+                        human=bool(fact.get("human")),
                         oob=bool(fact.get("oob")),
                         first=_resumed() if shown else b"",
                     )

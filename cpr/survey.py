@@ -81,7 +81,7 @@ def open_monitor(candidate: Candidate) -> Monitor:
     for address in sorted(candidate.monitors, key=lambda a: a in held):
         timeout = HELD_SECONDS if address in held else qmp.GREETING_SECONDS
         try:
-            if address in held and _stays(pid, held[address]):  # who waits in vain stays in QEMU's queue
+            if _stays(pid, held.get(address, ())):  # who waits in vain stays in QEMU's queue
                 raise MonitorHeld(str(address), "another client holds it", hint=HELD_HINT)
             return qmp.connect(address, pid, timeout=timeout)
         except MonitorError as error:
@@ -99,23 +99,22 @@ def open_monitor(candidate: Candidate) -> Monitor:
 HELD_HINT = "end the other client's session, or give the guest a second QMP socket at its next start"
 
 
-def _held(candidate: Candidate) -> dict[MonitorAddress, frozenset[int]]:
-    """Addresses that have an accepted client now, and its socket; a QEMU monitor serves one at a time."""
+def _held(candidate: Candidate) -> dict[MonitorAddress, tuple[Endpoint, ...]]:
+    """Addresses that have an accepted client now, with its socket; a QEMU monitor serves one at a time."""
     pid = candidate.process.pid
     try:
         table = sockets.endpoints(pid, devices.socket_descriptors(pid))
     except OSError:
         return {}
-    found = {
-        address: frozenset(c.inode for c in sockets.clients_of(table, own))
-        for address in candidate.monitors
-        if (own := sockets.listener_at(table, address))
-    }
-    return {address: inodes for address, inodes in found.items() if inodes}
+    found = {a: sockets.clients_of(table, own) for a in candidate.monitors if (own := sockets.listener_at(table, a))}
+    return {address: there for address, there in found.items() if there}
 
 
-def _stays(pid: int, inodes: frozenset[int]) -> bool:
-    """Whether one of these sockets of a process is still there after `HELD_SECONDS`."""
+def _stays(pid: int, held: Sequence[Endpoint]) -> bool:
+    """Whether a client is still there after `HELD_SECONDS`; of one that is put aside, and not served, QEMU tells."""
+    if any(client.number >= clients.aside(pid) for client in held):
+        return False
+    inodes = {client.inode for client in held}
     end = time.monotonic() + HELD_SECONDS
     with contextlib.suppress(OSError):
         while inodes & clients.socket_numbers(pid).keys():

@@ -4,7 +4,7 @@
        between two commands   no part of one in QEMU    negotiated as they were, commands go on
 
 Where the guest has no other monitor, BorrowControl comes before all else: the old QEMU is driven beside the client, and
-the new one over a connection that only we have.
+the new one over a connection that only we have. Human monitors are borrowed at the last moment (BorrowPrompts).
 
 From the time they are borrowed a relay of ours stands between them and QEMU (relay.py). QEMU's process has their
 connections too, so that they live on when we do not (mend.py).
@@ -22,9 +22,10 @@ from cpr.engines import graft
 from cpr.engines.inplace import InPlace, in_place
 from cpr.engines.prepare import OpenMonitor, same_runstate
 from cpr.engines.relay import HIDDEN, HIDDEN_WHILE_LOADING, SHOWN, Relay
+from cpr.engines.typed import Typed
 from cpr.errors import CprError, MonitorError, StepFailed
-from cpr.linux.tracer import Tracer
 from cpr.linux import fds
+from cpr.linux.tracer import Tracer
 from cpr.model import Chardev, Guest, Step
 from cpr.qemu import clients
 
@@ -43,16 +44,30 @@ QUIET_SECONDS = 5.0
 """How long the answers to all that was passed on may take."""
 
 
+PROMPT_SECONDS = 1.0
+"""How long an empty prompt is waited for: each look at one that is not has its line drawn anew."""
+
+
 def borrowed_monitors(guest: Guest) -> tuple[Chardev, ...]:
     """QMP monitors whose client, if there is one, can be kept."""
     ours = guest.monitor.label if guest.monitor is not None else ""
     return tuple(c for c in guest.chardevs if c.lends_session and c.label != ours)
 
 
-def relays(run: Run) -> dict[str, Relay]:
-    """By chardev."""
-    found: dict[str, Relay] = run.extra.setdefault("relays", {})
+def borrowed_prompts(guest: Guest) -> tuple[Chardev, ...]:
+    """Human monitors at which somebody was when the guest was checked."""
+    return tuple(c for c in guest.chardevs if c.lends_prompt and c.connected)
+
+
+def sessions(run: Run) -> dict[str, Relay | Typed]:
+    """What is borrowed, by chardev."""
+    found: dict[str, Relay | Typed] = run.extra.setdefault("sessions", {})
     return found
+
+
+def relays(run: Run) -> dict[str, Relay]:
+    """Those of them that speak QMP."""
+    return {label: one for label, one in sessions(run).items() if isinstance(one, Relay)}
 
 
 def executed(run: Run) -> bool:
@@ -68,14 +83,7 @@ def _borrow(run: Run, step: Step, label: str, listener: fds.Fd, number: int, tra
         StepFailed: it cannot be; the client has its session.
     """
     assert run.old is not None
-    fact = {
-        "address": dataclasses.asdict(clients.listen_address(listener, label)),
-        "number": number,
-        "inode": graft.socket_inode(run.old.pid, number),
-        "show": show,
-    }
-    run.extra.setdefault("borrowed", {})[label] = fact
-    run.journal.fact(BORROWED + label, **fact)
+    _note(run, label, listener, number, show=show)
     try:
         relay = Relay.borrow(
             run.old,
@@ -88,10 +96,19 @@ def _borrow(run: Run, step: Step, label: str, listener: fds.Fd, number: int, tra
         )
     except (TimeoutError, MonitorError, OSError) as error:
         raise StepFailed(step.describe(), f"{label}: {error}", hint="try again when its client is idle") from None
-    relays(run)[label] = relay
+    sessions(run)[label] = relay
     if relay.oob:
         note_number(run, label, number, oob=True)
     return relay
+
+
+def _note(run: Run, label: str, listener: fds.Fd, number: int, **more: Any) -> None:
+    assert run.old is not None
+    run.extra.setdefault("borrowed", {})[label] = {
+        "address": dataclasses.asdict(clients.listen_address(listener, label)),
+        "inode": graft.socket_inode(run.old.pid, number),
+    }
+    note_number(run, label, number, **more)
 
 
 def note_number(run: Run, label: str, number: int, **more: Any) -> None:
@@ -106,18 +123,18 @@ def _give_back(run: Run, labels: Iterable[str]) -> None:
     assert run.old is not None
     failed: list[Exception] = []
     for label in labels:
-        relay = relays(run).pop(label, None)
-        if relay is None:
+        session = sessions(run).pop(label, None)
+        if session is None:
             continue
         if executed(run):
-            relay.close()
+            session.close()
             run.notes.append(f"{label}: its client was hung up on, on the way back")
             continue
         try:
             with Tracer.start(run.old) as tracer:  # the one before may have ended with what went wrong
-                relay.give_back(tracer)
+                session.give_back(tracer)
         except (CprError, OSError) as error:
-            relay.close()  # QEMU listens again, so that `cpr recover` can
+            session.close()  # QEMU listens again, so that `cpr recover` can
             failed.append(error)
     if failed:
         raise failed[0]
@@ -174,12 +191,42 @@ class BorrowMonitors(Step):
 
     def do(self, run: Run) -> None:
         assert run.old is not None
-        listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in self.monitors}
-        ours = {graft.accepted_of(run.old, sock) for sock in run.extra["held"]}
-        for chardev in clients.connected_now(run.old.pid, self.monitors, listeners):
-            if chardev.client is not None and chardev.client not in ours:
-                listener, tracer = listeners[chardev.label], in_place(run).tracer
-                _borrow(run, self, chardev.label, listener, chardev.client, tracer, show=self.show)
+        for label, number in _held_by_others(run, self.monitors).items():
+            listener, tracer = run.descriptors[f"listener:{label}"], in_place(run).tracer
+            _borrow(run, self, label, listener, number, tracer, show=self.show)
+
+    def undo(self, run: Run) -> None:
+        _give_back(run, [c.label for c in self.monitors])
+
+
+def _held_by_others(run: Run, monitors: tuple[Chardev, ...]) -> dict[str, int]:
+    """{label: descriptor of the client} of those that somebody else than we holds now."""
+    assert run.old is not None
+    listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in monitors}
+    ours = {graft.accepted_of(run.old, sock) for sock in run.extra["held"]}
+    now = clients.connected_now(run.old.pid, monitors, listeners)
+    return {c.label: c.client for c in now if c.client is not None and c.client not in ours}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BorrowPrompts(Step):
+    """Take the place of each client of a human monitor while it is at an empty prompt. Late: it waits from here on."""
+
+    monitors: tuple[Chardev, ...]
+
+    def describe(self) -> str:
+        return f"borrow the human monitors that are held: {', '.join(c.label for c in self.monitors)}"
+
+    def do(self, run: Run) -> None:
+        assert run.old is not None
+        for label, number in _held_by_others(run, self.monitors).items():
+            _note(run, label, run.descriptors[f"listener:{label}"], number, human=True)
+            until, tracer = time.monotonic() + PROMPT_SECONDS, in_place(run).tracer
+            try:
+                sessions(run)[label] = Typed.borrow(run.old, tracer, number, name=label, until=until)
+            except (TimeoutError, MonitorError, OSError) as error:
+                hint = "finish what is typed there, or end that session, and try again"
+                raise StepFailed(self.describe(), str(error), hint=hint) from None
 
     def undo(self, run: Run) -> None:
         _give_back(run, [c.label for c in self.monitors])
@@ -210,7 +257,7 @@ class QuietenMonitors(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveMonitorsBack(Step):
-    """Negotiate with the new QEMU what each client had negotiated, and put its connection there."""
+    """Bring a session with the new QEMU to where each client's was, negotiated or at the prompt, and put it there."""
 
     guest: Guest
     show: bool = False
@@ -222,32 +269,33 @@ class GiveMonitorsBack(Step):
     def do(self, run: Run) -> None:
         assert run.new is not None
         failed = []
-        for label, relay in list(relays(run).items()):
+        for label, session in list(sessions(run).items()):
             sock = run.extra["places"][label]
-            run.extra["held"].remove(sock)  # it is the relay's from here on
+            run.extra["held"].remove(sock)  # it is the session's from here on
             try:
                 if self.show:
-                    tell_resume(relay, run.successor)
+                    tell_resume(session, run.successor)
                 number = graft.accepted_of(run.new, sock)
                 if number is None:
                     raise StepFailed(self.describe(), "the new QEMU has not accepted our connection")
-                relay.reconnect(sock)
+                session.reconnect(sock)
                 note_number(run, label, number)
                 with Tracer.start(run.new) as tracer:
-                    relay.give_back(tracer, number)
+                    session.give_back(tracer, number)
             except (CprError, OSError, TimeoutError) as error:
                 with contextlib.suppress(Exception):
-                    relay.release()  # it goes on through us as long as we live
+                    if isinstance(session, Relay):
+                        session.release()  # it goes on through us as long as we live
                 failed.append(f"{label}: {error}")
             else:
-                del relays(run)[label]
+                del sessions(run)[label]
         if failed:
             raise StepFailed(self.describe(), "; ".join(failed))
 
 
-def tell_resume(relay: Relay, monitor: Monitor) -> None:
+def tell_resume(session: Relay | Typed, monitor: Monitor) -> None:
     """Have a client that was told of STOP hear of RESUME, as the QEMU behind `monitor` said it; one that is paused has
     not."""
     said = [event for event in monitor.events() if event.name == "RESUME"]
-    if said:
-        relay.tell(said[-1].message)
+    if said and isinstance(session, Relay):
+        session.tell(said[-1].message)

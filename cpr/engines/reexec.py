@@ -45,6 +45,7 @@ class Reexec:
         back = successor(guest, itself(guest), request.run_id, alone=True)
         others, show = borrow.borrowed_monitors(guest), request.show_events
         held = bool(others or guest.monitor_held)
+        prompts = borrow.borrowed_prompts(guest)
         plan: list[Step] = [
             borrow.BorrowControl(guest=guest, show=show) if guest.monitor_held else prepare.OpenMonitor(guest=guest),
             prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
@@ -55,6 +56,7 @@ class Reexec:
             inplace.PrepareSave(guest=guest),
             inplace.MakeRoom(guest=guest),
             switch.CompareChains(guest=guest, new=False),
+            *([borrow.BorrowPrompts(monitors=prompts)] if prompts else []),
             *([borrow.QuietenMonitors(show=show)] if held else []),
             inplace.SaveState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, new=False, blackout=True),
@@ -66,7 +68,7 @@ class Reexec:
             arrive.KeepClients(guest=guest, blackout=True),
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
         ]
-        if held:
+        if held or prompts:
             plan.append(borrow.GiveMonitorsBack(guest=guest, show=show))
         if new.vnc:
             plan.append(switch.PassVncListeners(vnc=new.vnc))

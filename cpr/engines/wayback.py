@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.engines import graft, stream
-from cpr.engines.borrow import note_number, relays, tell_resume
+from cpr.engines.borrow import note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
+from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.engines.switch import CLIENT, PassVncListeners
@@ -96,7 +97,7 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
     assert back.control_number is not None
     given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
     given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
-    given |= dict(zip(CLIENT_NUMBERS, (relay.client_number for relay in relays(run).values()), strict=False))
+    given |= dict(zip(CLIENT_NUMBERS, (session.client_number for session in sessions(run).values()), strict=False))
     with theirs:
         for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
             try:
@@ -161,21 +162,21 @@ def _give_monitors_back(run: Run, process: Process) -> None:
     """Clients whose sessions were borrowed have them again, with the old program. One that cannot is told of."""
     for sock in run.extra.get("held", []):
         sock.close()  # they wait for the monitors, or were with the one that failed
-    for number, (label, relay) in zip(CLIENT_NUMBERS, list(relays(run).items()), strict=False):
+    for number, (label, session) in zip(CLIENT_NUMBERS, list(sessions(run).items()), strict=False):
         try:
-            relay.move(process, number)
+            session.move(process, number)
             listener = run.descriptors[f"listener:{label}"]
             sock = qmp.open_socket(clients.listen_address(listener, label), process.pid)
-            relay.reconnect(sock)
+            session.reconnect(sock)
             accepted = graft.accepted_of(process, sock)
             if accepted is None:
                 raise StepFailed(STEP, "it was not found out which descriptor of QEMU our session is")
             note_number(run, label, accepted)
-            if "RESUME" not in relay.hiding:
-                tell_resume(relay, run.monitor)
+            if isinstance(session, Relay) and "RESUME" not in session.hiding:
+                tell_resume(session, run.monitor)
             with Tracer.start(process) as tracer:
-                relay.give_back(tracer, accepted)
+                session.give_back(tracer, accepted)
         except (CprError, OSError) as error:
             run.notes.append(f"{label}: its client lost its session on the way back ({error})")
-            relay.close()
-        del relays(run)[label]
+            session.close()
+        del sessions(run)[label]

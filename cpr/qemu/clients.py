@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 import time
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 50
 """How often two places in a queue are tried for. Between the two there are some ten microseconds."""
+
+ASIDE = 200
+"""From which number on a connection is put aside in QEMU while it is borrowed: out of the way of what QEMU opens."""
 
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a listener says, not where we listen
 
@@ -115,6 +119,14 @@ def accepted(
                         if not (alive and _hung_up(sock)):
                             found[label].append(number)
     return found
+
+
+def aside(pid: int) -> int:
+    """The first number for what is put aside in this process, which may not have many."""
+    with contextlib.suppress(OSError):
+        soft, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        return ASIDE if soft == resource.RLIM_INFINITY else min(ASIDE, soft // 2)
+    return ASIDE
 
 
 def holders(pid: int, address: MonitorAddress) -> list[int]:

@@ -1,4 +1,4 @@
-"""The guest's only QMP monitor is held by a manager: cpr looks and updates all the same, and the manager notices nothing."""
+"""A manager holds the guest's only QMP monitor: cpr looks and updates all the same, and the manager notices nothing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cpr import discover, lend
+from cpr.engines import ENGINES, Request
 from cpr.engines.relay import HIDDEN_WHILE_LOADING
 from cpr.errors import Exit, MonitorHeld
 from cpr.linux.process import open_process
 from cpr.qemu import clients
+from cpr.qemu.options import knowledge_from
 from tests.lab.start import marked
 from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.managers import Client, Flood
 from tests.qemu.parties import Wire, counted, descriptors
 from tests.qemu.surveying import start, until
+from tests.unit import values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,6 +93,7 @@ def test_a_manager_that_floods_it(lab: Lab, cpr: Command, builds: Builds, route:
         guest.check(rounds=0)
 
 
+@full
 def test_it_is_listed_shown_and_refused_by_a_handover(lab: Lab, cpr: Command, builds: Builds) -> None:
     with counted(lab, builds("11.1.a")) as guest, contextlib.closing(Client(guest.qmp)) as client:
         before = sockets(guest.process.pid)
@@ -106,7 +110,8 @@ def test_it_is_listed_shown_and_refused_by_a_handover(lab: Lab, cpr: Command, bu
         assert client.saw() == []
 
 
-@pytest.mark.parametrize("way", ["show", pytest.param("hide", marks=full)])
+@full
+@pytest.mark.parametrize("way", ["show", "hide"])
 def test_what_the_manager_hears_is_its_choice(lab: Lab, cpr: Command, builds: Builds, way: str) -> None:
     """STOP and RESUME, always one with the other; the last one says that it runs."""
     with counted(lab, builds("10.0")) as guest, contextlib.closing(Client(guest.qmp)) as client:
@@ -134,6 +139,7 @@ def test_a_paused_guest_stays_paused(lab: Lab, cpr: Command, builds: Builds) -> 
         guest.log.wait_ticks(20)
 
 
+@full
 def test_a_session_that_is_not_negotiated_is_left_alone(lab: Lab, cpr: Command, builds: Builds) -> None:
     with counted(lab, builds("11.1.a")) as guest, Wire(guest.qmp) as wire:
         until(lambda: wire.received.endswith(b"\n"))
@@ -180,8 +186,9 @@ def candidate(pid: int) -> Candidate:
     return discover.find(str(pid))
 
 
+@full
 @pytest.mark.usefixtures("run_directory")
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=full)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_look_that_is_killed(lab: Lab, builds: Builds, number: signal.Signals) -> None:
     """The lender gives the session back."""
     orphan = start(lab, builds("11.1.a"), "-S")
@@ -211,12 +218,12 @@ def test_a_lender_that_is_killed(lab: Lab, builds: Builds) -> None:
         facts = lend.survey(candidate(orphan.pid))
         assert client.message()["id"] == "mine"
         assert facts.monitor_held
-        assert [f.number for f in facts.open_files if f.kind == "socket" and "guest.qmp" in f.target] == [
-            c.client for c in facts.chardevs if c.monitor == "control"
-        ]
+        held = clients.holders(orphan.pid, candidate(orphan.pid).monitors[0])
+        assert [c.client for c in facts.chardevs if c.monitor == "control"] == held
         assert len(sockets(orphan.pid)) == len(before)
 
 
+@full
 @pytest.mark.usefixtures("run_directory")
 def test_facts_are_the_same_as_without_a_client(lab: Lab, builds: Builds) -> None:
     orphan = start(lab, builds("11.1.a"), "-S")
@@ -232,6 +239,7 @@ def test_facts_are_the_same_as_without_a_client(lab: Lab, builds: Builds) -> Non
         assert getattr(held, name) == getattr(free, name), name
 
 
+@full
 @pytest.mark.usefixtures("run_directory")
 def test_two_look_at_once(lab: Lab, builds: Builds) -> None:
     """One after the other."""
@@ -313,35 +321,21 @@ def managed(lab: Lab, cpr: Command, builds: Builds) -> Iterator[Managed]:
         yield Managed(lab, cpr, guest, manager)
 
 
-def steps(cpr: Command, managed: Managed, new: QemuBuild) -> list[str]:
-    result = cpr("update", managed.guest.name, "--qemu", new.binary, "-n", "--json")
-    (guest,) = result.json["guests"]
-    return [step["step"] for step in guest["steps"]]
-
-
-STEPS = (
-    "BorrowControl TakeDescriptors OccupyMonitors PrepareExec RehearseState PrepareSave MakeRoom CompareChains "
-    "QuietenMonitors SaveState CompareChains ExecNew LoadState CompareChains KeepClients Continue GiveMonitorsBack "
-    "LetClientsIn Settle Verify"
-).split()
+STEPS = [
+    *("BorrowControl", "TakeDescriptors", "OccupyMonitors", "PrepareExec", "RehearseState", "PrepareSave", "MakeRoom"),
+    *("CompareChains", "QuietenMonitors", "SaveState", "CompareChains", "ExecNew", "LoadState", "CompareChains"),
+    *("KeepClients", "Continue", "GiveMonitorsBack", "LetClientsIn", "Settle", "Verify"),
+]
 EXEC, COMMIT = STEPS.index("ExecNew"), STEPS.index("Continue")
-EVERYDAY = {
-    ("fail", "LoadState", "done"),
-    ("kill_keeper", "ExecNew", "doing"),
-    ("kill_keeper", "GiveMonitorsBack", "done"),
-}
-
-
-def moments(do: str, last: int, first: int = 0) -> list[Any]:
+def moments(last: int) -> list[Any]:
     return [
-        pytest.param(i, state, id=f"{name}-{state}", marks=() if (do, name, state) in EVERYDAY else full)
-        for i, name in enumerate(STEPS)
+        pytest.param(i, state, id=f"{name}-{state}", marks=full)
+        for i, name in enumerate(STEPS[:last])
         for state in ("doing", "done")
-        if first <= i < last
     ]
 
 
-@pytest.mark.parametrize(("index", "state"), moments("fail", COMMIT))
+@pytest.mark.parametrize(("index", "state"), moments(COMMIT))
 def test_it_fails(managed: Managed, builds: Builds, index: int, state: str) -> None:
     """The client has its session, with the old program: also where that had to be started again."""
     result = managed.update(builds("11.1.a"), Fault(at=f"step:{index}:{state}", do="fail"))
@@ -353,7 +347,7 @@ def test_it_fails(managed: Managed, builds: Builds, index: int, state: str) -> N
     managed.well()
 
 
-@pytest.mark.parametrize(("index", "state"), moments("kill_keeper", len(STEPS)))
+@pytest.mark.parametrize(("index", "state"), moments(len(STEPS)))
 def test_the_keeper_is_killed(managed: Managed, builds: Builds, index: int, state: str) -> None:
     """Its command goes back where the old program still runs, and forward where the new one does."""
     result = managed.update(builds("11.1.a"), Fault(at=f"step:{index}:{state}", do="kill_keeper"))
@@ -376,8 +370,9 @@ def test_the_keeper_is_killed_and_the_manager_hears_of_the_pause(managed: Manage
     managed.well(heard)
 
 
-@full
-@pytest.mark.parametrize("name", ["QuietenMonitors", "LoadState", "GiveMonitorsBack"])
+@pytest.mark.parametrize(
+    "name", ["QuietenMonitors", *(pytest.param(n, marks=full) for n in ("LoadState", "GiveMonitorsBack"))]
+)
 def test_both_are_killed(managed: Managed, builds: Builds, name: str) -> None:
     """`cpr recover` gives the session back."""
     call = ("update", managed.guest.name, "--qemu", builds("11.1.a").binary, "-y", "--json")
@@ -395,5 +390,8 @@ def test_both_are_killed(managed: Managed, builds: Builds, name: str) -> None:
     assert managed.cpr("recover", "--json").json["guests"] == []
 
 
-def test_the_plan_has_these_steps(managed: Managed, builds: Builds) -> None:
-    assert steps(managed.cpr, managed, builds("11.1.a")) == STEPS
+def test_the_plan_has_these_steps() -> None:
+    guest = replace(values.guest(), monitor_held=True)
+    target = replace(values.target(), options=knowledge_from("", []))
+    plan = ENGINES["reexec"].steps(guest, target, Request(run_id="20261120T101500-3f2a"))
+    assert [step.id for step in plan] == STEPS
