@@ -111,6 +111,10 @@ def _note(run: Run, label: str, listener: fds.Fd, number: int, **more: Any) -> N
     note_number(run, label, number, **more)
 
 
+NOWHERE = -1
+"""The number of a client's connection that is not anybody's place yet."""
+
+
 def note_number(run: Run, label: str, number: int, **more: Any) -> None:
     """In the journal: which descriptor of QEMU is to be the client's connection, which is kept as another one yet."""
     fact = run.extra["borrowed"][label]

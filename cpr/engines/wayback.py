@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.engines import graft, stream
-from cpr.engines.borrow import note_number, sessions, tell_resume
+from cpr.engines.borrow import NOWHERE, note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
@@ -73,6 +73,8 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
     """A process with the old program that has the state and has run nothing; nothing is left of it where it fails."""
+    for label in sessions(run):
+        note_number(run, label, NOWHERE)
     process, control = _launch(run, guest, back, kept)
     try:
         run.new = process

@@ -298,10 +298,11 @@ class Managed:
     guest: Counted
     manager: Client
 
-    def update(self, new: QemuBuild, fault: Fault, *words: str) -> Any:
+    def update(self, new: QemuBuild, *faults: Fault, words: tuple[str, ...] = ()) -> Any:
         with Stage(self.lab.directory / "stage") as stage:
-            result = self.cpr.update(self.guest.name, new, *words, **stage.environment([fault]))
-            stage.wait(0.1)
+            result = self.cpr.update(self.guest.name, new, *words, **stage.environment(faults))
+            for _ in faults:
+                stage.wait(0.1)
         return result
 
     def well(self, heard: list[str] | None = None) -> None:
@@ -357,12 +358,38 @@ def test_the_keeper_is_killed(managed: Managed, builds: Builds, index: int, stat
     managed.well()
 
 
+@full
+@pytest.mark.parametrize("at", ["sent:cont:new", f"step:{EXEC}:undone"])
+def test_the_keeper_is_killed_on_the_way_back(managed: Managed, builds: Builds, at: str) -> None:
+    """The old program, started again, has the client's connection, and the command brings the two together."""
+    result = managed.update(
+        builds("11.1.a"),
+        Fault(at=f"step:{STEPS.index('LoadState')}:done", do="fail"),
+        Fault(at=at, do="kill_keeper"),
+    )
+    assert (result.code, result.guest["runstate"]) == (Exit.ROLLED_BACK, "running"), str(result)
+    assert result.guest["pid_after"] != managed.guest.process.pid
+    managed.well()
+
+
+@full
+def test_somebody_waits_behind_the_manager(managed: Managed, builds: Builds) -> None:
+    """The new QEMU would serve them before the commit."""
+    with Wire(managed.guest.qmp):
+        result = managed.cpr.update(managed.guest.name, builds("11.1.a"))
+    assert result.code == Exit.FAILED, str(result)
+    assert "others wait" in result.guest["error"]
+    managed.well()
+    assert managed.cpr.update(managed.guest.name, builds("11.1.a")).code == 0
+    managed.well()
+
+
 @pytest.mark.parametrize("at", ["SaveState-done", "LoadState-done"])
 @full
 def test_the_keeper_is_killed_and_the_manager_hears_of_the_pause(managed: Managed, builds: Builds, at: str) -> None:
     name, state = at.split("-")
     fault = Fault(at=f"step:{STEPS.index(name)}:{state}", do="kill_keeper")
-    managed.update(builds("11.1.a"), fault, "--manager-events", "show")
+    managed.update(builds("11.1.a"), fault, words=("--manager-events", "show"))
     assert managed.manager.ask("query-status")["running"] is True
     heard = managed.manager.saw()
     assert heard.count("STOP") > 0
@@ -391,7 +418,7 @@ def test_both_are_killed(managed: Managed, builds: Builds, name: str) -> None:
 
 
 def test_the_plan_has_these_steps() -> None:
-    guest = replace(values.guest(), monitor_held=True)
+    guest = replace(values.guest(), monitor_held=True, ram=())
     target = replace(values.target(), options=knowledge_from("", []))
     plan = ENGINES["reexec"].steps(guest, target, Request(run_id="20261120T101500-3f2a"))
     assert [step.id for step in plan] == STEPS
