@@ -42,8 +42,6 @@ SECONDS = 10.0
 """How long a moment between two commands of a client is waited for."""
 QUIET_SECONDS = 5.0
 """How long the answers to all that was passed on may take."""
-
-
 PROMPT_SECONDS = 1.0
 """How long an empty prompt is waited for: each look at one that is not has its line drawn anew."""
 

@@ -74,7 +74,8 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
     """A process with the old program that has the state and has run nothing; nothing is left of it where it fails."""
     for label in sessions(run):
-        note_number(run, label, NOWHERE)
+        with contextlib.suppress(CprError):
+            note_number(run, label, NOWHERE)
     process, control = _launch(run, guest, back, kept)
     try:
         run.new = process
