@@ -204,6 +204,7 @@ def test_a_look_that_is_killed(lab: Lab, builds: Builds, number: signal.Signals)
         assert client.ask("query-status")["status"] == "prelaunch"
 
 
+@full
 @pytest.mark.usefixtures("run_directory")
 def test_a_lender_that_is_killed(lab: Lab, builds: Builds) -> None:
     """Its command, or whoever looks next, gives the session back: that it is owed is seen from QEMU alone."""
