@@ -5,6 +5,7 @@
     jobs = 4
     timeout = 120.0          # seconds, from the first step to the commit
     max-downtime = 5.0       # seconds of blackout
+    manager-events = "hide"  # or "show": whether who holds a monitor hears of STOP and RESUME
 
 The options are laid over by the command line; this module only knows files and the environment.
 """
@@ -34,6 +35,8 @@ class Config:
     """Seconds from the first step to the commit."""
     max_downtime: float = 5.0
     """Seconds that the vCPUs may stand still."""
+    manager_events: str = "hide"
+    """Whether STOP and RESUME of an update are kept from a client whose monitor is borrowed: hide or show."""
 
 
 _TYPES: dict[str, type[str] | type[int] | type[float]] = {
@@ -41,7 +44,9 @@ _TYPES: dict[str, type[str] | type[int] | type[float]] = {
     "jobs": int,
     "timeout": float,
     "max_downtime": float,
+    "manager_events": str,
 }
+MANAGER_EVENTS = ("hide", "show")
 
 
 def load(environ: Mapping[str, str] | None = None, files: Iterable[str] = FILES) -> Config:
@@ -82,4 +87,6 @@ def _with(config: Config, key: str, value: Any, *, where: str) -> Config:
         raise UsageError(f"{where}: {key} = {value!r} is no {_TYPES[name].__name__}") from None
     if not isinstance(converted, str) and not converted > 0:
         raise UsageError(f"{where}: {key} = {value!r} has to be greater than zero")
+    if name == "manager_events" and converted not in MANAGER_EVENTS:
+        raise UsageError(f"{where}: {key} = {value!r}: {' or '.join(MANAGER_EVENTS)}")
     return replace(config, **{name: converted})

@@ -145,6 +145,7 @@ class Journal:
                     "runstate": guest.runstate,
                     "uid": guest.uid,
                     "monitor": dataclasses.asdict(guest.monitor) if guest.monitor else None,
+                    "monitor_held": guest.monitor_held,
                     "capabilities": dict(guest.capabilities),
                     "parameters": {k: guest.parameters[k] for k in STREAM if k in guest.parameters},
                     "discarding": [b.qom_path for b in guest.ram if b.discard_data],

@@ -29,7 +29,7 @@ from cpr import errors
 from cpr.errors import Busy, CprError, Exit, JournalError
 from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
 from cpr.linux import proc
-from cpr.linux.lock import LockHeld, holder_of, make_run_directory, process_lock
+from cpr.linux.lock import LOOK, LOOK_SECONDS, LockHeld, holder_of, make_run_directory, patient_lock
 from cpr.model import Outcome, Plan, Status
 from cpr.run import Bounds, Run
 
@@ -149,7 +149,11 @@ def claimed(process: ProcessId, *, base: str | None = None) -> CprError | None:
     """What stands in the way of an update: another run that works on the guest, that was interrupted, or that left a
     journal which cannot be read."""
     base = base or run_directory()
-    holder = holder_of(base, process.pid, process.start_time)
+    end = time.monotonic() + LOOK_SECONDS
+    while (holder := holder_of(base, process.pid, process.start_time)) and holder.get("command") == LOOK:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.02)
     if holder is not None:
         return Busy(_working(holder), holder, hint=WAIT)
     try:
@@ -203,7 +207,7 @@ def _work(request: _Request, out: BinaryIO) -> Outcome:
     began = time.monotonic()
     try:
         make_run_directory(request.base)
-        with process_lock(
+        with patient_lock(
             request.base,
             guest.process.pid,
             guest.process.start_time,

@@ -193,8 +193,18 @@ class Chardev:
     @property
     def lends_session(self) -> bool:
         """A QMP monitor on a plain listening socket: the session of whoever holds it can be borrowed."""
+        return self.monitor == "control" and self._plainly_served
+
+    @property
+    def lends_prompt(self) -> bool:
+        """A human monitor on a plain listening socket: the session of whoever is at it can be borrowed while nothing
+        is typed."""
+        return self.monitor == "readline" and self._plainly_served and self.movable
+
+    @property
+    def _plainly_served(self) -> bool:
         served = self.backend == "socket" and self.server and self.listener is not None
-        return self.monitor == "control" and served and self.plain and self.in_argv
+        return served and self.plain and self.in_argv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -445,6 +455,8 @@ class Guest:
     """None: it has no port for one. Asked for a reboot only."""
     s3_disabled: bool | None = None
     """Its firmware does not offer suspend to RAM; None: not known."""
+    monitor_held: bool = False
+    """A client holds `monitor`, and every other one: its session has to be borrowed."""
 
     @property
     def running(self) -> bool:

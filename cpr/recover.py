@@ -26,10 +26,10 @@ from cpr.errors import Busy, CommandFailed, CprError, Exit, JournalError, NotFou
 from cpr.journal import Record, journal_files, read, run_directory
 from cpr.linux import proc
 from cpr.linux.fds import take_fd
-from cpr.linux.lock import LockHeld, process_lock
+from cpr.linux.lock import LockHeld, patient_lock
 from cpr.linux.process import Process, open_process
 from cpr.linux.tun import Queue
-from cpr.model import MonitorAddress, Outcome, Runstate, Status
+from cpr.model import Outcome, Runstate, Status
 from cpr.qemu import migration, qmp
 from cpr.run import resume_old
 
@@ -91,7 +91,7 @@ def recover_one(record: Record, *, base: str | None = None) -> Outcome:
         return outcome
     guest = record.header["guest"]
     try:
-        with process_lock(
+        with patient_lock(
             base or run_directory(),
             record.pid,
             record.start_time,
@@ -166,7 +166,7 @@ def _back(record: Record) -> Outcome:
     go_on(old)
     guest = record.header["guest"]
     try:
-        with _monitor(record, record.pid) as monitor:
+        with recover_in_place.session(record, old) as monitor:
             status = str(monitor.execute("query-status")["status"])
             # a guest that is paused though its state was not sent was stopped by somebody who has had a reason
             ours = _moved(record) or status in BY_US
@@ -201,11 +201,11 @@ def _in_place(record: Record) -> Outcome:
         lost = recover_in_place.mend_monitors(record, process)
         return replace(outcome, notes=(*outcome.notes, *lost))
     try:
-        with _monitor(record, pid) as monitor:
+        with recover_in_place.session(record, process) as monitor:
             runstate, lost = recover_in_place.arrive(record, process, monitor, fact)
             lost += recover_in_place.put_in_order(record, process, monitor, fact)
-            lost += recover_in_place.mend_monitors(record, process)
             outcome = _arrived(record, monitor, runstate, lost, pid)
+        outcome = _differing(outcome, recover_in_place.mend_monitors(record, process))
     except (CprError, OSError) as error:
         which = "the old QEMU, started again" if back else "the new QEMU"
         where = f"it is in {which} (pid {pid}), which could not be told to go on"
@@ -239,7 +239,7 @@ def _forward(record: Record) -> Outcome:
         if not old.wait_dead(15.0):  # it listens on the same monitors, and would answer in place of the new one
             raise _TryAgain(record, f"the old QEMU (pid {old.pid}) does not die", new.pid)
     try:
-        with _monitor(record, new.pid) as monitor:
+        with recover_in_place.session(record, new) as monitor:
             runstate = monitor.execute("query-status")["status"]
             # once RESUME was seen, what stops it is somebody else's will
             told = record.steps[record.commit_index] == "done"
@@ -268,13 +268,16 @@ def _arrived(record: Record, monitor: qmp.Monitor, runstate: str, differences: l
     return replace(outcome, notes=(*outcome.notes, *notes))
 
 
+def _differing(outcome: Outcome, lost: list[str]) -> Outcome:
+    """With what was lost besides."""
+    if not lost:
+        return outcome
+    words = "; ".join(filter(None, [outcome.error, *lost]))
+    return replace(outcome, exit_code=int(Exit.DIFFERS), error=words)
+
+
 def _done(record: Record) -> list[int]:
     return [index for index, state in record.steps.items() if state == "done"]
-
-
-def _monitor(record: Record, pid: int) -> qmp.Monitor:
-    address = record.header["guest"]["monitor"]
-    return qmp.connect(MonitorAddress(**address), pid, timeout=10.0)
 
 
 def _old(record: Record) -> Process | None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from cpr.engines import fdmap, graft, mend, stream
-from cpr.engines.borrow import BORROWED
+from cpr.engines.borrow import BORROWED, SECONDS
+from cpr.engines.relay import Relay
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners, give_vnc
 from cpr.errors import CommandFailed, CprError
@@ -26,16 +28,48 @@ from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.model import MonitorAddress, Runstate
+from cpr.qemu import clients, qmp
 from cpr.qemu.clients import socket_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cpr.journal import Record
     from cpr.linux.process import Process
     from cpr.qemu.qmp import Monitor
 
 LOAD_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def session(record: Record, process: Process) -> Iterator[Monitor]:
+    """A session with the guest's QEMU. Where a client holds its only monitor again, that is borrowed for the time.
+
+    Raises:
+        MonitorError: QEMU does not answer, or the session cannot be borrowed. OSError.
+    """
+    guest = record.header["guest"]
+    address = MonitorAddress(**guest["monitor"])
+    if guest.get("monitor_held"):
+        held = clients.holders(process.pid, address)
+        if len(held) == 1 and not _is_kept(record, process, held[0]):
+            with Tracer.start(process) as tracer:
+                until = time.monotonic() + SECONDS
+                with Relay.borrow(process, tracer, held[0], name=str(address), until=until) as relay:
+                    try:
+                        yield relay.monitor
+                    finally:
+                        relay.give_back(tracer)
+            return
+    with qmp.connect(address, process.pid, timeout=10.0) as monitor:
+        yield monitor
+
+
+def _is_kept(record: Record, process: Process, number: int) -> bool:
+    """Whether this is a client's connection that was put aside, and nobody reads: the journal has where it belongs."""
+    inode = graft.socket_inode(process.pid, number)
+    facts = [fact for name, fact in record.facts.items() if name.startswith(BORROWED)]
+    return any(int(f["inode"]) == inode and int(f["number"]) != number for f in facts)
 
 
 def executed(record: Record) -> bool:
@@ -163,8 +197,24 @@ def mend_monitors(record: Record, process: Process) -> list[str]:
         try:
             kept = graft.find_kept(process.pid, int(fact["number"]), int(fact["inode"]))
             if kept is not None:
+                shown = fact.get("show") and record.header["guest"]["runstate"] == Runstate.RUNNING
                 with Tracer.start(process) as tracer:
-                    mend.repair(process, tracer, MonitorAddress(**fact["address"]), kept)
+                    mend.repair(
+                        process,
+                        tracer,
+                        MonitorAddress(**fact["address"]),
+                        kept,
+                        human=bool(fact.get("human")),
+                        oob=bool(fact.get("oob")),
+                        first=_resumed() if shown else b"",
+                    )
         except (CprError, OSError, TimeoutError) as error:
             lost.append(f"the client of the monitor {name.removeprefix(BORROWED)} has no session: {error}")
     return lost
+
+
+def _resumed() -> bytes:
+    """RESUME, for a client that may have been told of STOP: QEMU said it when nobody was there."""
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    stamp = {"seconds": seconds, "microseconds": microseconds}
+    return json.dumps({"timestamp": stamp, "event": "RESUME"}).encode() + b"\r\n"

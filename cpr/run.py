@@ -80,6 +80,8 @@ class Run:
     """What one step of an engine leaves for a later one."""
     stop_time: float | None = None
     resume_time: float | None = None
+    last_runstate: str = ""
+    """What the guest was when the last monitor to ask was given up."""
     doing: str = ""
     """The step that is being done."""
     undoing: bool = False
@@ -274,7 +276,7 @@ class Run:
         if self.stop_time is not None and self.resume_time is not None:
             blackout = max(0.0, self.resume_time - self.stop_time)
         status, code, where, pid_after = self._verdict(failure)
-        runstate = ""
+        runstate = self.last_runstate
         with contextlib.suppress(CprError, AssertionError):
             survivor = self.successor if self.committed else self.monitor
             runstate = str(survivor.execute("query-status", timeout=5)["status"])

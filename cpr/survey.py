@@ -1,4 +1,4 @@
-"""Candidate -> Guest: every fact read once, from QMP and from /proc.
+"""Candidate -> Guest: every fact read once, from QMP and from /proc. A guest whose monitors are held: lend.py.
 
 The monitor is believed to be this process's only if the vCPU threads that it names are threads of the process. What a
 QEMU does not know is skipped; what it answers in the wrong shape is `MonitorError`; a process that vanishes is
@@ -7,10 +7,11 @@ QEMU does not know is skipped; what it answers in the wrong shape is `MonitorErr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cpr import discover, supervisors, survey_process
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["open_monitor", "survey", "survey_host"]
+__all__ = ["Lent", "open_monitor", "same_process", "survey", "survey_host"]
 
 QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"query-{what}", {}) for what in ("cpus-fast", "chardev", "vnc-servers", "spice", "fdsets", "migrate")),
@@ -54,8 +55,16 @@ HELD_SECONDS = 0.3
 NIL_UUID = "00000000-0000-0000-0000-000000000000"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lent:
+    """A client's connection while its session is borrowed: which descriptor of QEMU it was and will be, its inode."""
+
+    number: int
+    inode: int
+
+
 def open_monitor(candidate: Candidate) -> Monitor:
-    """The first QMP socket that answers; those that have a client already are tried last.
+    """The first QMP socket that answers; those that have a client already are tried last, when that has left.
 
     Raises:
         MonitorHeld: each is held by another client. MonitorError: there is none, or none speaks QMP; all are named.
@@ -72,6 +81,8 @@ def open_monitor(candidate: Candidate) -> Monitor:
     for address in sorted(candidate.monitors, key=lambda a: a in held):
         timeout = HELD_SECONDS if address in held else qmp.GREETING_SECONDS
         try:
+            if _stays(pid, held.get(address, ())):  # who waits in vain stays in QEMU's queue
+                raise MonitorHeld(str(address), "another client holds it", hint=HELD_HINT)
             return qmp.connect(address, pid, timeout=timeout)
         except MonitorError as error:
             failures.append(error)
@@ -85,24 +96,36 @@ def open_monitor(candidate: Candidate) -> Monitor:
     )
 
 
-def _held(candidate: Candidate) -> frozenset[MonitorAddress]:
-    """Addresses that have an accepted client now; a QEMU monitor serves one at a time."""
+HELD_HINT = "end the other client's session, or give the guest a second QMP socket at its next start"
+
+
+def _held(candidate: Candidate) -> dict[MonitorAddress, tuple[Endpoint, ...]]:
+    """Addresses that have an accepted client now, with its socket; a QEMU monitor serves one at a time."""
     pid = candidate.process.pid
     try:
         table = sockets.endpoints(pid, devices.socket_descriptors(pid))
     except OSError:
-        return frozenset()
-    return frozenset(a for a in candidate.monitors if (own := _listener(a, table)) and sockets.clients_of(table, own))
+        return {}
+    found = {a: sockets.clients_of(table, own) for a in candidate.monitors if (own := sockets.listener_at(table, a))}
+    return {address: there for address, there in found.items() if there}
 
 
-def _listener(address: MonitorAddress, table: Sequence[Endpoint]) -> Endpoint | None:
-    if address.path:
-        return sockets.unix_listener(table, address.path)
-    return sockets.tcp_listener(table, address.host, address.port)
+def _stays(pid: int, held: Sequence[Endpoint]) -> bool:
+    """Whether a client is still there after `HELD_SECONDS`; of one that is put aside, and not served, QEMU tells."""
+    if any(client.number >= clients.aside(pid) for client in held):
+        return False
+    inodes = {client.inode for client in held}
+    end = time.monotonic() + HELD_SECONDS
+    with contextlib.suppress(OSError):
+        while inodes & clients.socket_numbers(pid).keys():
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.01)
+    return False
 
 
-def survey(candidate: Candidate, monitor: Monitor | None = None) -> Guest:
-    """Everything about one guest. Without `monitor` one is opened, and closed again.
+def survey(candidate: Candidate, monitor: Monitor | None = None, lent: Lent | None = None) -> Guest:
+    """Everything about one guest. Without `monitor` one is opened, and closed again. `lent`: a client's session is.
 
     Raises:
         GuestVanished: the process ended meanwhile.
@@ -111,17 +134,18 @@ def survey(candidate: Candidate, monitor: Monitor | None = None) -> Guest:
     pid = candidate.process.pid
     try:
         if monitor is not None:
-            return _Survey(candidate, monitor).guest()
+            return _Survey(candidate, monitor, lent).guest()
         with open_monitor(candidate) as own:
             return _Survey(candidate, own).guest()
     except ProcessLookupError:
         raise GuestVanished(pid, "it was surveyed") from None
     except MonitorError:
-        _same_process(candidate)
+        same_process(candidate)
         raise
 
 
-def _same_process(candidate: Candidate) -> None:
+def same_process(candidate: Candidate) -> None:
+    """Raise GuestVanished where it has ended meanwhile."""
     try:
         there = proc.process_start_time(candidate.process.pid) == candidate.process.start_time
         there = there and not proc.is_zombie(candidate.process.pid)
@@ -134,8 +158,9 @@ def _same_process(candidate: Candidate) -> None:
 class _Survey:
     """One survey at work; `guest()` is its result."""
 
-    def __init__(self, candidate: Candidate, monitor: Monitor) -> None:
+    def __init__(self, candidate: Candidate, monitor: Monitor, lent: Lent | None = None) -> None:
         self.candidate = candidate
+        self.lent = lent
         self.pid = candidate.process.pid
         self.monitor = monitor
         self.unreadable: list[str] = []
@@ -157,6 +182,8 @@ class _Survey:
         vcpus = self.vcpus(answers, threads)
         status = proc.read_status(pid)
         table: tuple[OpenDescriptor, ...] = self.readable("fd", lambda: descriptor_table(pid), ())
+        if self.lent is not None:
+            table = as_given_back(table, self.lent)
         endpoints = sockets.endpoints(pid, [(d.number, d.inode) for d in table if d.target.startswith("socket:[")])
         environ: tuple[tuple[str, str], ...] = self.readable("environ", lambda: proc.read_environ(pid), ())
         cwd = self.readable("cwd", lambda: files.working_directory(pid), "")
@@ -236,8 +263,9 @@ class _Survey:
             cpu_features=cpu.features(answers, command),
             changed_files=files.changed_since(pid, candidate.process.start_time, config_files(pid, candidate.argv)),
             unreadable=tuple(dict.fromkeys((*candidate.unreadable, *self.unreadable))),
+            monitor_held=self.lent is not None,
         )
-        _same_process(candidate)
+        same_process(candidate)
         return guest
 
     def vcpus(self, answers: Answers, threads: dict[int, int]) -> tuple[Vcpu, ...]:
@@ -249,7 +277,7 @@ class _Survey:
         named = devices.vcpus(answers)
         strangers = [v.thread_id for v in named if v.thread_id not in threads]
         if (strangers or not named) and threads:
-            _same_process(self.candidate)
+            same_process(self.candidate)
             what = f"names vCPU thread {strangers[0]}" if strangers else "names no vCPU"
             raise MonitorError(
                 self.monitor.address,
@@ -287,6 +315,13 @@ class _Survey:
     def binary(self, answers: Answers) -> Binary:
         version, package = answers.read("query-version", parse_version, ("", ""))
         return replace(self.candidate.binary, version=version or None, package=package)
+
+
+def as_given_back(table: Sequence[OpenDescriptor], lent: Lent) -> tuple[OpenDescriptor, ...]:
+    """Descriptors as they are when the client has its session back: its connection in the place of who stands in."""
+    kept = [d for d in table if d.target == f"socket:[{lent.inode}]"][:1]
+    rest = [d for d in table if d.number != lent.number and d.target != f"socket:[{lent.inode}]"]
+    return tuple(sorted((*(replace(d, number=lent.number) for d in kept), *rest), key=lambda d: d.number))
 
 
 def config_files(pid: int, argv: Sequence[str]) -> tuple[tuple[str, str], ...]:

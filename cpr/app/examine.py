@@ -130,7 +130,7 @@ class Examiner:
                 findings,
                 engine=choices.engine,
                 ignored=choices.ignore,
-                request=Request(run_id=self.run_id, ignored=choices.ignore),
+                request=Request(run_id=self.run_id, ignored=choices.ignore, show_events=choices.show_events),
                 engines=engines,
             )
             findings = plan.findings

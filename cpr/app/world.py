@@ -50,7 +50,7 @@ class World:
 
 def real_world() -> World:
     """This machine. Imported here, so that `cpr --help` need not."""
-    from cpr import discover, journal, keeper, survey
+    from cpr import discover, journal, keeper, lend, survey
     from cpr.engines import ENGINES
     from cpr.qemu import features, rehearsal
     from cpr.run import Bounds
@@ -62,7 +62,7 @@ def real_world() -> World:
     return World(
         candidates=discover.candidates,
         find=discover.find,
-        survey=survey.survey,
+        survey=lend.survey,
         survey_host=survey.survey_host,
         ask=lambda path, options: features.ask(path, extra_options=options),
         rehearse=rehearsal.rehearse,
@@ -86,3 +86,5 @@ class Choices:
     max_downtime: float = DEFAULTS.max_downtime
     jobs: int = DEFAULTS.jobs
     skip_blocked: bool = False
+    show_events: bool = False
+    """A client whose monitor is borrowed hears of STOP and RESUME."""

@@ -117,9 +117,16 @@ def monitor_client(guest: Guest) -> Iterator[Finding]:
                 f"a client is connected to the monitor {chardev.label} and will be disconnected: a monitor's session "
                 "cannot be handed on",
                 "end that session, or --ignore monitor-client if it copes with a hang-up"
-                + ("; --engine reexec keeps it" if chardev.lends_session else ""),
-                engines=HANDOVER if chardev.lends_session else (),
+                + ("; --engine reexec keeps it" if chardev.lends_session or chardev.lends_prompt else ""),
+                engines=HANDOVER if chardev.lends_session or chardev.lends_prompt else (),
             )
+            if chardev.lends_prompt:
+                yield note(
+                    chardev.label,
+                    f"who is connected to the human monitor {chardev.label} stays so if nothing is typed there when "
+                    "the guest is about to be saved; else the update is undone, and can be tried again",
+                    engines=("reexec",),
+                )
 
 
 @check("client-queued", "A client waits in a busy listener's queue")

@@ -36,8 +36,18 @@ def no_monitor(guest: Guest) -> Iterator[Finding]:
 
 
 @check("monitor-held", "Another client holds the only monitor", ignorable=False, modes=BOTH)
-def monitor_held(guest: Guest) -> Iterator[Finding]:
-    """A QMP monitor serves one client at a time."""
+def monitor_held(guest: Guest, kexec: NextKernel | None = None) -> Iterator[Finding]:
+    """A QMP monitor serves one client at a time. Re-exec borrows the session."""
+    if guest.monitor is not None and guest.monitor_held:
+        restart = kexec is None
+        yield blocker(
+            guest.monitor.label,
+            f"a client holds the guest's only QMP monitor, {guest.monitor}: what was negotiated with it ends with the "
+            "old QEMU",
+            ("--engine reexec keeps its session; or " if restart else "")
+            + "end that session, or give the guest a second QMP socket at its next start",
+            engines=("handover",) if restart else (),
+        )
     if guest.monitor is None:
         for chardev in guest.chardevs:
             if chardev.monitor == "control" and chardev.connected:

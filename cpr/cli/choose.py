@@ -20,6 +20,7 @@ def choices(
     max_downtime: float | None = None,
     jobs: int | None = None,
     blocked: str = "fail",
+    manager_events: str | None = None,
 ) -> Choices:
     """Raises `UsageError` for what cannot be meant."""
     from cpr import config
@@ -31,6 +32,8 @@ def choices(
             raise UsageError(f"--{name} {number:g}: has to be greater than zero")
     if blocked not in ("fail", "skip"):
         raise UsageError(f"--blocked {blocked}: fail or skip")
+    if manager_events not in (None, *config.MANAGER_EVENTS):
+        raise UsageError(f"--manager-events {manager_events}: {' or '.join(config.MANAGER_EVENTS)}")
     return Choices(
         qemu=qemu,
         qemu_options=tuple(qemu_option or ()),
@@ -40,4 +43,5 @@ def choices(
         max_downtime=settings.max_downtime if max_downtime is None else max_downtime,
         jobs=settings.jobs if jobs is None else jobs,
         skip_blocked=blocked == "skip",
+        show_events=(manager_events or settings.manager_events) == "show",
     )

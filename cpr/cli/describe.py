@@ -112,7 +112,7 @@ def show_lines(examined: Examined) -> list[str]:
             "machine": f"{guest.machine}, {guest.accelerator}, {len(guest.vcpus)} vCPU(s)",
             "running": _binary(guest.binary),
             "installed": _binary(guest.installed),
-            "monitor": str(guest.monitor or "none"),
+            "monitor": f"{guest.monitor or 'none'}{', held by a client' if guest.monitor_held else ''}",
             "user": str(guest.uid),
             "cgroup": some(guest.cgroups),
             "supervised by": some(f"{s.kind} {s.who}".strip() for s in guest.supervisors),

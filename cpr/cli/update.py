@@ -33,6 +33,12 @@ MaxDowntime = Annotated[
 Blocked = Annotated[
     str, typer.Option("--blocked", metavar="fail|skip", help="Whether a blocked guest counts in the exit code.")
 ]
+ManagerEvents = Annotated[
+    str | None,
+    typer.Option(
+        "--manager-events", metavar="hide|show", help="Whether who holds a monitor hears of STOP and RESUME."
+    ),
+]
 Events = Annotated[str, typer.Option("--events", metavar="FILE|FD", help="JSON lines of what happens.")]
 
 
@@ -51,6 +57,7 @@ def update_command(
     timeout: Timeout = None,
     max_downtime: MaxDowntime = None,
     blocked: Blocked = "fail",
+    manager_events: ManagerEvents = None,
     exit_code: ExitCode = False,
     events: Events = "",
     json: Json = False,
@@ -71,6 +78,7 @@ def update_command(
         max_downtime=max_downtime,
         jobs=jobs,
         blocked=blocked,
+        manager_events=manager_events,
     )
     from cpr import app
 

@@ -17,6 +17,8 @@ class Request:
 
     run_id: str
     ignored: tuple[str, ...] = ()
+    show_events: bool = False
+    """A client whose monitor is borrowed hears of STOP and RESUME."""
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream, threads
-from cpr.engines.borrow import relays
+from cpr.engines.borrow import sessions
 from cpr.engines.inplace import STATE, InPlace, hold_clients, in_place
 from cpr.engines.prepare import greet
 from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
@@ -121,7 +121,7 @@ class ExecNew(Step):
         pid = self.guest.process.pid
         there = clients.descriptor_targets(pid)
         survive = [*kept.clients.values(), *kept.ptys.values(), kept.given[STATE]]
-        survive += [relay.kept.number for relay in relays(run).values()]
+        survive += [session.kept.number for session in sessions(run).values()]
         moved: list[tuple[int, int]] = []
         for entry in self.successor.inherited:
             if entry.source is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from cpr.errors import StepFailed
 from cpr.linux import fds, sockdiag
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
-from cpr.qemu.clients import descriptor_targets, socket_numbers, socket_of
+from cpr.qemu.clients import aside, descriptor_targets, socket_numbers, socket_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 PAUSE = 0.002
 """Seconds that the process runs between two tries."""
-HIGH = 200
-"""From which number on a connection is kept: out of the way of what QEMU opens meanwhile."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,8 +203,7 @@ def _swap(
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
     with fds.take_fd(process.pidfd, theirs) as fd:
         standing_in = os.fstat(fd.number).st_ino
-    soft, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-    high = HIGH if soft == resource.RLIM_INFINITY else min(HIGH, soft // 2)
+    high = aside(process.pid)
     flags = fcntl.fcntl(client.fileno(), fcntl.F_GETFL)
     try:
         results = tracer.run(

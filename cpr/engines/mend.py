@@ -85,11 +85,14 @@ def repair(
     *,
     human: bool = False,
     oob: bool = False,
+    first: bytes = b"",
     timeout: float = SECONDS,
 ) -> None:
     """Give a client its session back after we died: QEMU listens at `address` again, and keeps the client's connection.
-    `human`, `oob`: what the session is. Commands that a relay had passed on are not answered any more; nor has QEMU
-    file descriptor sets any more that were given and not used (monitor/qmp.c: CHR_EVENT_CLOSED).
+
+    `human`, `oob`: what the session is; `first` is said to the client before all else. Commands that a relay had passed
+    on are not answered any more; nor has QEMU file descriptor sets any more that were given and not used
+    (monitor/qmp.c: CHR_EVENT_CLOSED).
 
     Raises:
         StepFailed: it is not kept there. MonitorHeld, MonitorError: QEMU does not serve us: another client came, or it
@@ -114,6 +117,7 @@ def repair(
         with client:
             lines = framing.Lines()
             outgoing = streams.Outgoing(client)
+            outgoing.put(first)
 
             def at_rest() -> bool:
                 with contextlib.suppress(BlockingIOError, EOFError):

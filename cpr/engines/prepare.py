@@ -154,6 +154,9 @@ class OccupyMonitors(Step):
         first, second = clients.two_places(address, self.guest.process.pid, listener)
         run.extra["held"].append(first)
         run.extra.setdefault("places", {})[chardev.label] = first
+        if chardev.connected and clients.others_ahead(first, listener, self.guest.process.pid):
+            second.close()  # the new QEMU would serve that one before the commit
+            raise MonitorError(str(address), "besides the client that holds it others wait for it", hint="try again")
         # one that was connected at the check goes down with the old QEMU (--ignore); others only ask something
         if not chardev.connected and not select.select([first], [], [], 5.0)[0]:
             second.close()

@@ -172,6 +172,10 @@ class Pump:
         """No command of ours is under way, and nothing of QEMU's that is not all there."""
         return not (self._asked or self._to_qemu.size or self._lines.rest)
 
+    def tell_client(self, message: dict[str, Any]) -> None:
+        self._to_client.put(json.dumps(message).encode() + b"\r\n")
+        self.wake()
+
     def drain(self) -> None:
         """Pass on what QEMU has said so far: all of it, if it stands still."""
         self._from_qemu()

@@ -43,18 +43,21 @@ class Reexec:
     def steps(self, guest: Guest, target: Target, request: Request) -> Sequence[Step]:
         new = successor(guest, target, request.run_id, in_place=True)
         back = successor(guest, itself(guest), request.run_id, alone=True)
-        held = borrow.borrowed_monitors(guest)
+        others, show = borrow.borrowed_monitors(guest), request.show_events
+        held = bool(others or guest.monitor_held)
+        prompts = borrow.borrowed_prompts(guest)
         plan: list[Step] = [
-            prepare.OpenMonitor(guest=guest),
+            borrow.BorrowControl(guest=guest, show=show) if guest.monitor_held else prepare.OpenMonitor(guest=guest),
             prepare.TakeDescriptors(guest=guest, inherited=new.inherited),
             prepare.OccupyMonitors(guest=guest, labels=new.monitors, control=new.control),
             inplace.PrepareExec(guest=guest, successor=new),
-            *([borrow.BorrowMonitors(guest=guest, monitors=held)] if held else []),
+            *([borrow.BorrowMonitors(guest=guest, monitors=others, show=show)] if others else []),
             dress.RehearseState(guest=guest, target=target),
             inplace.PrepareSave(guest=guest),
             inplace.MakeRoom(guest=guest),
             switch.CompareChains(guest=guest, new=False),
-            *([borrow.QuietenMonitors()] if held else []),
+            *([borrow.BorrowPrompts(monitors=prompts)] if prompts else []),
+            *([borrow.QuietenMonitors(show=show)] if held else []),
             inplace.SaveState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, new=False, blackout=True),
             execute.ExecNew(
@@ -65,8 +68,8 @@ class Reexec:
             arrive.KeepClients(guest=guest, blackout=True),
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
         ]
-        if held:
-            plan.append(borrow.GiveMonitorsBack(guest=guest))
+        if held or prompts:
+            plan.append(borrow.GiveMonitorsBack(guest=guest, show=show))
         if new.vnc:
             plan.append(switch.PassVncListeners(vnc=new.vnc))
         if new.opened_again:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from cpr.engines import graft
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 HIDDEN = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 """What an update makes QEMU say. Of STOP and RESUME both are hidden or both shown: managers go by them."""
 HIDDEN_WHILE_LOADING = HIDDEN | {"VSERPORT_CHANGE"}
+SHOWN = frozenset({"STOP", "RESUME"})
+"""What may be shown of it."""
 
 SETTLE_SECONDS = 0.05
 ANSWER_SECONDS = 5.0
@@ -78,6 +81,7 @@ class Relay:
         """Something of ours was sent to QEMU."""
         self._pump = Pump(swapped.client, swapped.ours, hide=hide)
         self._monitor: Monitor | None = None
+        self._attend: qmp.Attend = None
         self._closed = False
 
     @classmethod
@@ -91,8 +95,11 @@ class Relay:
         hide: Collection[str] = HIDDEN,
         until: float,
         settle: float = SETTLE_SECONDS,
+        attend: qmp.Attend = None,
     ) -> Self:
         """Come in between QEMU and the client of its accepted descriptor `number`, whose session is negotiated.
+
+        `attend` is that of `monitor` (qmp.negotiate).
 
         Raises:
             TimeoutError: it was never between two commands by `until` (time.monotonic). MonitorError: QEMU does not
@@ -105,7 +112,7 @@ class Relay:
             swapped = graft.swap_in(process, tracer, number, entrance.is_open, until, entrance.pass_rest)
             stops.append(swapped.stopped)
             relay = cls(process, name, number, swapped, hide)
-            relay.stopped, relay.backed_out = stops, len(stops) - 1
+            relay.stopped, relay.backed_out, relay._attend = stops, len(stops) - 1, attend
             try:
                 relay._pump.start()
                 if relay._settle(settle, until):
@@ -150,11 +157,17 @@ class Relay:
         self.release()
 
     def _connect_own(self) -> None:
+        self._monitor = qmp.negotiate(self.channel(), self.name, attend=self._attend)
+
+    def channel(self) -> socket.socket:
+        """A connection on which QEMU seems to greet: for who is to have the session in place of `monitor`, which is
+        hung up."""
         with self._pump.changed:
             sock = self._pump.connect_own()
         if self._monitor is not None:
             self._monitor.close()
-        self._monitor = qmp.negotiate(sock, self.name)
+            self._monitor = None
+        return sock
 
     def _ask(self, command: str, until: float, key: str = "execute") -> dict[str, Any]:
         pump = self._pump
@@ -205,10 +218,20 @@ class Relay:
         with self._pump.changed:
             return dict(self._pump.hidden)
 
+    @property
+    def hiding(self) -> frozenset[str]:
+        """The events that the client does not see."""
+        return self._pump.hide
+
     def hide(self, names: Collection[str]) -> None:
         """From now on the client does not see these events."""
         with self._pump.changed:
             self._pump.hide = frozenset(names)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Have the client hear of an event that QEMU did not say on its session."""
+        with self._pump.changed:
+            self._pump.tell_client(message)
 
     def quiesce(self, timeout: float) -> bool:
         """Hold the client's further commands back until `release`, and wait until it has the replies to all others.
@@ -251,6 +274,16 @@ class Relay:
             self._pump.go_on_with(sock)
             self._pump.greeting = {"QMP": {**greeting["QMP"], "capabilities": []}}
         self._connect_own()
+
+    @property
+    def client_number(self) -> int:
+        """Descriptor of ours that is the client's connection."""
+        return self._client.fileno()
+
+    def move(self, process: Process, number: int) -> None:
+        """QEMU is another process now, which has the client's connection as `number`. Call `reconnect` then."""
+        self._process = process
+        self.kept = replace(self.kept, number=number)
 
     # the end ---------------------------------------------------------------------------------------------------
 

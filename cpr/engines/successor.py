@@ -122,8 +122,10 @@ def waiting_chardevs(guest: Guest) -> tuple[Chardev, ...]:
 
 
 def controls(guest: Guest) -> str:
-    """Label of the guest's own QMP socket if the new QEMU can be driven by it: UNIX, as descriptors must pass."""
-    return guest.monitor.label if guest.monitor is not None and guest.monitor.path else CONTROL
+    """Label of the guest's own QMP socket if the new QEMU can be driven by it: UNIX, as descriptors must pass, and
+    nobody else's."""
+    own = guest.monitor
+    return own.label if own is not None and own.path and not guest.monitor_held else CONTROL
 
 
 def server_monitors(guest: Guest) -> tuple[Chardev, ...]:

@@ -20,12 +20,14 @@ import contextlib
 import select
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from cpr.engines import graft
+from cpr.engines.mend import open_human_session
 from cpr.errors import MonitorError
 from cpr.linux import streams
-from cpr.qemu import clients, framing
+from cpr.qemu import clients, framing, qmp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,6 +152,32 @@ class Typed:
         self._ours.sendall(framing.UNDO)
         self._read(lambda said: said.endswith(framing.UNDONE), timeout)
         return said.partition(b"\r\n")[2].removesuffix(end).decode(errors="replace").replace("\r\n", "\n")
+
+    @property
+    def client_number(self) -> int:
+        """Descriptor of ours that is the client's connection."""
+        return self._client.fileno()
+
+    def move(self, process: Process, number: int) -> None:
+        """QEMU is another process now, which has the client's connection as `number`. Call `reconnect` then."""
+        self._process = process
+        self.kept = replace(self.kept, number=number)
+
+    def reconnect(self, sock: socket.socket, timeout: float = qmp.GREETING_SECONDS) -> None:
+        """QEMU is another one now: `sock` is a fresh connection to it, of ours from here on, which stands at its prompt
+        when this returns.
+
+        Raises:
+            MonitorError: there is no prompt. OSError.
+        """
+        try:
+            open_human_session(sock, self.name, timeout=timeout)
+        except BaseException:
+            sock.close()
+            raise
+        self._ours.close()
+        self._ours = sock
+        self._gone = False
 
     def give_back(
         self, tracer: Tracer, number: int | None = None, *, timeout: float = GIVE_BACK_SECONDS

@@ -13,27 +13,30 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import stream
+from cpr.engines import graft, stream
+from cpr.engines.borrow import NOWHERE, note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
+from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.engines.switch import CLIENT, PassVncListeners
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
+from cpr.linux.tracer import Tracer
+from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Successor
     from cpr.model import Guest
-    from cpr.qemu import qmp
     from cpr.run import Run
 
 STEP = "start the old QEMU again"
 ATTEMPTS = 3
-STATE_NUMBER, PROGRAM_NUMBER = 8, 9
-"""Below all that a successor is given: the state, for `cpr recover`, and the old program where another file stands at
-its path now."""
+STATE_NUMBER, PROGRAM_NUMBER, CLIENT_NUMBERS = 8, 9, range(10, 20)
+"""Below all that a successor is given: the state, for `cpr recover`; the old program where another file stands at its
+path now; clients whose monitors were borrowed."""
 
 
 def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
@@ -65,10 +68,14 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.old, run.new = process, None
     run.old_monitor, run.new_monitor = monitor, None
     _put_back(run, guest, back)
+    _give_monitors_back(run, process)
 
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
     """A process with the old program that has the state and has run nothing; nothing is left of it where it fails."""
+    for label in sessions(run):
+        with contextlib.suppress(CprError):
+            note_number(run, label, NOWHERE)
     process, control = _launch(run, guest, back, kept)
     try:
         run.new = process
@@ -96,6 +103,7 @@ def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Pro
             kept.console.as_before()
     given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
     given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
+    given |= dict(zip(CLIENT_NUMBERS, (session.client_number for session in sessions(run).values()), strict=False))
     with theirs:
         for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
             try:
@@ -154,3 +162,27 @@ def _put_back(run: Run, guest: Guest, back: Successor) -> None:
     except CprError as error:
         failed.append(error.message)
     run.notes += [*told, *failed]
+
+
+def _give_monitors_back(run: Run, process: Process) -> None:
+    """Clients whose sessions were borrowed have them again, with the old program. One that cannot is told of."""
+    for sock in run.extra.get("held", []):
+        sock.close()  # they wait for the monitors, or were with the one that failed
+    for number, (label, session) in zip(CLIENT_NUMBERS, list(sessions(run).items()), strict=False):
+        try:
+            session.move(process, number)
+            listener = run.descriptors[f"listener:{label}"]
+            sock = qmp.open_socket(clients.listen_address(listener, label), process.pid)
+            session.reconnect(sock)
+            accepted = graft.accepted_of(process, sock)
+            if accepted is None:
+                raise StepFailed(STEP, "it was not found out which descriptor of QEMU our session is")
+            note_number(run, label, accepted)
+            if isinstance(session, Relay) and "RESUME" not in session.hiding:
+                tell_resume(session, run.monitor)
+            with Tracer.start(process) as tracer:
+                session.give_back(tracer, accepted)
+        except (CprError, OSError) as error:
+            run.notes.append(f"{label}: its client lost its session on the way back ({error})")
+            session.close()
+        del sessions(run)[label]

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 MAX_HOLDER = 4096
 """Bytes of a lock file that are read."""
 
+LOOK = "look"
+"""`command` of a holder who changes nothing and will soon be through: whoever can, waits for it."""
+LOOK_SECONDS = 10.0
+
 _TRIES = 100
 
 
@@ -91,6 +95,26 @@ def process_lock(
         if fd is not None:
             os.close(fd)
     raise OSError(errno.EAGAIN, "the lock file changes all the time", path)
+
+
+def patient_lock(
+    directory: str,
+    pid: int,
+    start_time: int,
+    *,
+    boot_id: str,
+    owner_uid: int,
+    holder: Mapping[str, Any],
+) -> ProcessLock:
+    """As `process_lock`, but a holder that only looks is waited for, up to LOOK_SECONDS."""
+    end = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            return process_lock(directory, pid, start_time, boot_id=boot_id, owner_uid=owner_uid, holder=holder)
+        except LockHeld as held:
+            if held.holder.get("command") != LOOK or time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def holder_of(directory: str, pid: int, start_time: int) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from cpr.errors import MonitorError
 from cpr.linux import fds, proc, sockdiag
 from cpr.model import Chardev, MonitorAddress
-from cpr.qemu import qmp
+from cpr.qemu import qmp, sockets
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 50
 """How often two places in a queue are tried for. Between the two there are some ten microseconds."""
+
+ASIDE = 200
+"""From which number on a connection is put aside in QEMU while it is borrowed: out of the way of what QEMU opens."""
 
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a listener says, not where we listen
 
@@ -82,11 +86,27 @@ def connected_now(
     Raises:
         OSError: the process is gone or may not be looked into.
     """
+    found = {label: numbers[-1] for label, numbers in accepted(pid, listeners, besides=besides).items() if numbers}
+    return tuple(
+        replace(c, client=found.get(c.label), connected=c.label in found) for c in chardevs if c.label in listeners
+    )
+
+
+def accepted(
+    pid: int, listeners: Mapping[str, Fd], *, besides: Collection[int] = (), alive: bool = False
+) -> dict[str, list[int]]:
+    """{label: descriptors of the process that were accepted from the listener of that label}, as they are now.
+
+    `alive`: only those whose other end has not hung up.
+
+    Raises:
+        OSError: the process is gone or may not be looked into.
+    """
     names: dict[object, str] = {}
     for label, listener in listeners.items():
         with socket_of(listener) as sock:
             names[_local(sock)] = label
-    found: dict[str, int] = {}
+    found: dict[str, list[int]] = {label: [] for label in listeners}
     with fds.Fd(os.pidfd_open(pid)) as pidfd:
         for number in socket_numbers(pid).values():
             if number in besides:
@@ -96,10 +116,39 @@ def connected_now(
                     label = names.get(_local(sock), "")
                     if label:
                         sock.getpeername()
-                        found[label] = number
-    return tuple(
-        replace(c, client=found.get(c.label), connected=c.label in found) for c in chardevs if c.label in listeners
-    )
+                        if not (alive and _hung_up(sock)):
+                            found[label].append(number)
+    return found
+
+
+def aside(pid: int) -> int:
+    """The first number for what is put aside in this process, which may not have many."""
+    with contextlib.suppress(OSError):
+        soft, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        return ASIDE if soft == resource.RLIM_INFINITY else min(ASIDE, soft // 2)
+    return ASIDE
+
+
+def holders(pid: int, address: MonitorAddress) -> list[int]:
+    """Descriptors of the process that are living connections to its listener at `address`.
+
+    QEMU serves one of them. Another one was borrowed and not given back.
+
+    Raises:
+        OSError: the process is gone or may not be looked into.
+    """
+    numbers = socket_numbers(pid)
+    own = sockets.listener_at(sockets.endpoints(pid, [(number, inode) for inode, number in numbers.items()]), address)
+    if own is None:
+        return []
+    with fds.Fd(os.pidfd_open(pid)) as pidfd, fds.take_fd(pidfd, own.number) as listener:
+        return sorted(accepted(pid, {address.label: listener}, alive=True)[address.label])
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _local(sock: socket.socket) -> object:
@@ -177,6 +226,17 @@ def are_neighbours(first: socket.socket, second: socket.socket, listener: Fd, pi
     mine = {first.getsockname()[1], second.getsockname()[1]}
     at_port = [tcp for tcp in proc.read_net_tcp(pid) if tcp.local[1] == port and tcp.inode == 0]  # not accepted yet
     return not any(tcp.state in ("ESTABLISHED", "CLOSE_WAIT") and tcp.remote[1] not in mine for tcp in at_port)
+
+
+def others_ahead(place: socket.socket, listener: Fd, pid: int) -> bool:
+    """Whether somebody who has not left waits before ours, in the queue of a UNIX listener that nobody is served from;
+    no, where the kernel does not tell."""
+    try:
+        waiting = sockdiag.unix_socket(os.fstat(listener.number).st_ino, pid).waiting
+    except OSError:
+        return False
+    ours = os.fstat(place.fileno()).st_ino
+    return ours in waiting and any(waiting[: waiting.index(ours)])
 
 
 def _turning_away(

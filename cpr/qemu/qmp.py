@@ -95,11 +95,12 @@ def _result(future: Future[T], timeout: float, attend: Attend) -> T:
 
 
 class Event:
-    """One event: name, data and QEMU's own timestamp in seconds since the epoch."""
+    """One event: name, data and QEMU's own timestamp in seconds since the epoch; `message` is all of it."""
 
-    __slots__ = ("data", "name", "timestamp")
+    __slots__ = ("data", "message", "name", "timestamp")
 
     def __init__(self, message: dict[str, Any]) -> None:
+        self.message = message
         self.name = str(message.get("event", ""))
         data = message.get("data", {})
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}

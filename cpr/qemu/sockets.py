@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from cpr.linux import proc, sockdiag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from cpr.linux.proc import TcpSocket, UnixSocket
+    from cpr.model import MonitorAddress
 
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
 
@@ -128,6 +129,13 @@ def tcp_listener(table: Iterable[Endpoint], host: str, port: int) -> Endpoint | 
     found = [e for e in table if e.listening and e.family in (socket.AF_INET, socket.AF_INET6) and e.local[1] == port]
     by_fit = [e for e in found if e.local[0] == host] or [e for e in found if e.local[0] in WILDCARDS] or found
     return by_fit[0] if by_fit else None
+
+
+def listener_at(table: Collection[Endpoint], address: MonitorAddress) -> Endpoint | None:
+    """The one that listens at a monitor's address."""
+    if address.path:
+        return unix_listener(table, address.path)
+    return tcp_listener(table, address.host, address.port)
 
 
 def clients_of(table: Iterable[Endpoint], listener: Endpoint) -> tuple[Endpoint, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cpr.linux.lock import LockHeld, ProcessLock, holder_of, make_run_directory, process_lock
+from cpr.linux.lock import LOOK, LockHeld, ProcessLock, holder_of, make_run_directory, patient_lock, process_lock
 from tests.kernel.support import can, needs_other_users
 
 if TYPE_CHECKING:
@@ -52,6 +52,19 @@ def test_lock_and_release(directory: str) -> None:
     assert not os.path.exists(held.path)
     held.release()
     lock(directory).release()
+
+
+def test_who_only_looks_is_waited_for(directory: str) -> None:
+    def patient() -> ProcessLock:
+        return patient_lock(directory, 5, 77, boot_id="b", owner_uid=os.getuid(), holder={})
+
+    with lock(directory), pytest.raises(LockHeld):
+        patient()
+    looking = lock(directory, holder={"command": LOOK})
+    timer = threading.Timer(0.1, looking.release)
+    timer.start()
+    patient().release()
+    timer.join()
 
 
 def test_who_holds_it_can_be_asked(directory: str) -> None:

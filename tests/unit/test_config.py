@@ -39,6 +39,7 @@ def test_what_cannot_be_meant(tmp_path: Path, text: str) -> None:
         load({}, files(tmp_path, text))
 
 
-def test_a_variable_that_cannot_be_meant() -> None:
-    with pytest.raises(UsageError, match="CPR_TIMEOUT"):
-        load({"CPR_TIMEOUT": "soon"}, [])
+@pytest.mark.parametrize(("name", "value"), [("CPR_TIMEOUT", "soon"), ("CPR_MANAGER_EVENTS", "some")])
+def test_a_variable_that_cannot_be_meant(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        load({name: value}, [])
