@@ -26,7 +26,7 @@ from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.model import MonitorAddress, Runstate
-from cpr.qemu.clients import socket_numbers
+from cpr.qemu import clients
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,6 +42,13 @@ def executed(record: Record) -> bool:
     """Whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
     fact = record.facts.get("exec")
     return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
+
+
+def withdraw(record: Record, process: Process) -> None:
+    """Take clients of the keeper's, which hung up when it died, out of the queues in which they wait (`ExecNew`)."""
+    for numbered in record.facts.get("standing in", {}).get("at", ()):
+        with contextlib.suppress(OSError), _take(process, numbered) as listener:
+            clients.withdraw(listener, process.pid)
 
 
 def arrive(
@@ -113,7 +120,7 @@ def _reconnect(process: Process, monitor: Monitor, known: Mapping[str, Sequence[
     lost = []
     for label, numbered in known.items():
         number, inode = map(int, numbered)
-        if socket_numbers(process.pid, besides=number).get(inode) is not None:
+        if clients.socket_numbers(process.pid, besides=number).get(inode) is not None:
             continue  # the keeper has lived long enough
         try:
             with _take(process, numbered) as client:

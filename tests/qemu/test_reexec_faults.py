@@ -96,6 +96,16 @@ def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
     victim.can_be_updated()
 
 
+@pytest.mark.parametrize("do", ["fail", pytest.param("kill_keeper", marks=pytest.mark.full)])
+def test_it_ends_while_clients_of_ours_wait(victim: Victim, do: str) -> None:
+    """Those that the new QEMU was to accept: the next update does not take them for somebody who waits."""
+    before = victim.before()
+    outcome = victim.play(Fault(at="fact:exec", do=do))
+    assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
+    victim.as_before(before)
+    victim.can_be_updated()
+
+
 @pytest.mark.parametrize("moment", moments("both", lambda m: m.index >= SCRIPT.names.index(EXEC)))
 def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Moment) -> None:
     before = victim.before()
