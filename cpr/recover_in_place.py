@@ -16,7 +16,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import fdmap, graft, mend, stream
+from cpr.engines import fdmap, graft, hush, mend, stream
 from cpr.engines.borrow import BORROWED
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners, give_vnc
@@ -42,6 +42,15 @@ def executed(record: Record) -> bool:
     """Whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
     fact = record.facts.get("exec")
     return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
+
+
+def listen_again(record: Record, process: Process) -> list[str]:
+    """Give clients that were not heard for the saving of the state back to the old program. What failed, in words."""
+    try:
+        hush.listen_again(process, record.facts.get("hushed", {}).get("clients", ()))
+    except (CprError, OSError) as error:
+        return [f"clients that were connected are not heard: {error}"]
+    return []
 
 
 def withdraw(record: Record, process: Process) -> None:
