@@ -200,6 +200,8 @@ PROCESS = [
     Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
     Case("async-teardown", "none", guest()),
     Case("seccomp-filters", "three", guest(seccomp_filters=3), [(N, "pid 4242")]),
+    Case("seccomp-filters", "200", guest(seccomp_filters=200), [(N, "pid 4242")]),
+    Case("seccomp-filters", "as many as the kernel takes", guest(seccomp_filters=201), [(B, "pid 4242")]),
     *(Case("seccomp-filters", str(n), guest(seccomp_filters=n)) for n in (None, 0, 1)),
 ]  # fmt: skip
 
