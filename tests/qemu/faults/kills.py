@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -339,7 +340,7 @@ class Campaign:
                 notes.append(f"{told['status']} {told['exit_code']}")
                 if told["status"] == Status.NEEDS_ATTENTION:
                     time.sleep(0.3)
-        remark = "; ".join(filter(None, [told.get("error"), *told.get("notes", ())])) if told else ""
+        remark = re.sub(r"/\S+|\d+(\.\d+)*", "N", str(told.get("error") or "")) if told else ""
         said = " ".join(notes[:-1]) + (f" {remark}" if told.get("exit_code") not in (0, None) else "")
         return str(told.get("status", "")), calls, said.strip()
 
