@@ -197,8 +197,10 @@ def _in_place(record: Record) -> Outcome:
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     if not back and not recover_in_place.executed(record):
         as_before(process, fact.get("changed", ()), fact.get("placed", ()))
+        recover_in_place.withdraw(record, process)
+        lost = recover_in_place.listen_again(record, process)
         outcome = _back(record)
-        lost = recover_in_place.mend_monitors(record, process)
+        lost += recover_in_place.mend_monitors(record, process)
         return replace(outcome, notes=(*outcome.notes, *lost))
     try:
         with recover_in_place.session(record, process) as monitor:

@@ -17,7 +17,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import fdmap, graft, mend, stream
+from cpr.engines import fdmap, graft, hush, mend, stream
 from cpr.engines.borrow import BORROWED, SECONDS
 from cpr.engines.relay import Relay
 from cpr.engines.successor import MARK
@@ -76,6 +76,22 @@ def executed(record: Record) -> bool:
     """Whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
     fact = record.facts.get("exec")
     return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
+
+
+def listen_again(record: Record, process: Process) -> list[str]:
+    """Give clients that were not heard for the saving of the state back to the old program. What failed, in words."""
+    try:
+        hush.listen_again(process, record.facts.get("hushed", {}).get("clients", ()))
+    except (CprError, OSError) as error:
+        return [f"clients that were connected are not heard: {error}"]
+    return []
+
+
+def withdraw(record: Record, process: Process) -> None:
+    """Take clients of the keeper's, which hung up when it died, out of the queues in which they wait (`ExecNew`)."""
+    for numbered in record.facts.get("standing in", {}).get("at", ()):
+        with contextlib.suppress(OSError), _take(process, numbered) as listener:
+            clients.withdraw(listener, process.pid)
 
 
 def arrive(
@@ -147,7 +163,7 @@ def _reconnect(process: Process, monitor: Monitor, known: Mapping[str, Sequence[
     lost = []
     for label, numbered in known.items():
         number, inode = map(int, numbered)
-        if socket_numbers(process.pid, besides=number).get(inode) is not None:
+        if clients.socket_numbers(process.pid, besides=number).get(inode) is not None:
             continue  # the keeper has lived long enough
         try:
             with _take(process, numbered) as client:

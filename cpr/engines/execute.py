@@ -105,7 +105,10 @@ class ExecNew(Step):
 
     def _stand_in(self, run: Run, kept: InPlace) -> None:
         """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""
-        for chardev in waiting_chardevs(self.guest):
+        wanted = waiting_chardevs(self.guest)
+        inodes = [os.fstat(run.descriptors[f"listener:{c.label}"].number).st_ino for c in wanted]
+        run.journal.fact("standing in", at=[(c.listener, inode) for c, inode in zip(wanted, inodes, strict=True)])
+        for chardev in wanted:
             listener = run.descriptors[f"listener:{chardev.label}"]
             address = clients.listen_address(listener, chardev.label)
             try:
@@ -204,9 +207,10 @@ class ExecNew(Step):
     def undo(self, run: Run) -> None:
         kept: InPlace = in_place(run)
         run.bound = False
-        for sock in kept.standing_in.values():
-            sock.close()
-        kept.standing_in.clear()
+        while kept.standing_in:
+            label, sock = kept.standing_in.popitem()
+            with sock, contextlib.suppress(OSError):  # or the next update would find a client that waits there
+                clients.withdraw(run.descriptors[f"listener:{label}"], self.guest.process.pid, sock)
         if kept.executed:
             bring_back(run, self.guest, self.back, kept)
             return

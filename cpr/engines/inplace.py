@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cpr.engines import fdmap, stream
+from cpr.engines import fdmap, hush, stream
 from cpr.engines.prepare import note_settings, same_runstate, shared_files, words_of
 from cpr.engines.successor import waiting_chardevs
 from cpr.engines.switch import CLIENT, make_room, take_room_back
@@ -49,6 +50,8 @@ class InPlace:
     """Numbers in the guest's process of what it was given over its monitor."""
     clients: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the clients that are kept, by chardev."""
+    hushed: list[tuple[int, int]] = field(default_factory=list)
+    """Number and inode of the clients' connections that are not heard while the state is saved."""
     ptys: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the masters of its ptys, by chardev."""
     loose: tuple[int, ...] = ()
@@ -239,24 +242,45 @@ class MakeRoom(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveState(Step):
-    """`migrate` into a memory file that the guest's process has too; QEMU stops the guest for it."""
+    """`stop`, nobody is heard any more (hush.py), and `migrate` into a memory file that the guest's process has too."""
 
     guest: Guest
 
     def describe(self) -> str:
-        return "save the device state; QEMU stops the guest for it"
+        return "stop the guest and save the device state"
 
     def do(self, run: Run) -> None:
         same_runstate(run, self.guest, self.describe())
         run.extra["seen_old"] = seen = run.monitor.event_count
+        run.blackout_began = time.monotonic()
+        if self.guest.running:
+            run.monitor.execute("stop")
+        self._hush(run)
         stream.save(run, in_place(run).state.number, self.describe())
         if self.guest.running:
             stop = [event for event in run.monitor.events()[seen:] if event.name == "STOP"]
             if not stop:
                 raise StepFailed(self.describe(), "the guest did not stop")
-            run.stop_time = stop[-1].timestamp
+            run.stop_time = stop[0].timestamp
         run.extra["chains"] = run.monitor.execute("query-block")
 
+    def _hush(self, run: Run) -> None:
+        kept = in_place(run)
+        kept.clients = hold_clients(run, self.guest)
+        inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.clients}
+        kept.hushed = [(number, inodes[label]) for label, number in kept.clients.items()]
+        run.journal.fact("hushed", clients=kept.hushed)
+        try:
+            hush.hush(kept.tracer, kept.clients.values())
+        except OSError as error:
+            raise StepFailed(self.describe(), f"{error.strerror or error}") from None
+
     def undo(self, run: Run) -> None:
-        if not in_place(run).executed:
-            stream.go_on_after_save(run, self.guest)
+        kept = in_place(run)
+        if kept.executed:
+            return
+        if kept.hushed:
+            assert run.old is not None
+            kept.tracer.close()
+            hush.listen_again(run.old, kept.hushed)
+        stream.go_on_after_save(run, self.guest)

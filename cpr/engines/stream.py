@@ -100,10 +100,9 @@ def save(run: Run, state: int, step: str) -> None:
     """Have the old QEMU send its state to us (`run.extra["stream"]`), and write it to the memory file `state`.
 
     Raises:
-        StepFailed: it did not come to its end; QEMU lets the guest go on by itself then, mostly.
+        StepFailed: it did not come to its end.
     """
     here: socket.socket = run.extra["stream"]
-    run.blackout_began = time.monotonic()
     run.monitor.execute("migrate", uri=f"fd:{NAME}")
     here.settimeout(SLICE)
     while True:

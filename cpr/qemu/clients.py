@@ -239,6 +239,40 @@ def others_ahead(place: socket.socket, listener: Fd, pid: int) -> bool:
     return ours in waiting and any(waiting[: waiting.index(ours)])
 
 
+def withdraw(listener: Fd, pid: int, ours: socket.socket | None = None) -> bool:
+    """Take a connection of ours out of a listener's queue; whether it was there. `ours` None: one that has hung up.
+
+    It would wait for as long as another client is served, and be taken for somebody who waits. Only where it is next is
+    it taken, so that nobody else loses his place; of TCP the order is not known: nobody else may wait at all.
+
+    Raises:
+        OSError: the process is gone or may not be looked into.
+    """
+    with socket_of(listener) as sock:
+        if not _is_next(listener, sock, pid, ours):
+            return False
+        blocks = os.get_blocking(sock.fileno())
+        os.set_blocking(sock.fileno(), False)  # QEMU may be quicker
+        try:
+            sock.accept()[0].close()
+        except BlockingIOError:
+            return False
+        finally:
+            os.set_blocking(sock.fileno(), blocks)
+    return True
+
+
+def _is_next(listener: Fd, sock: socket.socket, pid: int, ours: socket.socket | None) -> bool:
+    if sock.family == socket.AF_UNIX:
+        wanted = os.fstat(ours.fileno()).st_ino if ours is not None else 0  # a socket that was closed has no inode
+        return sockdiag.unix_socket(os.fstat(listener.number).st_ino, pid).waiting[:1] == (wanted,)
+    there = [tcp for tcp in proc.read_net_tcp(pid) if tcp.local[1] == sock.getsockname()[1] and tcp.inode == 0]
+    waiting = [tcp for tcp in there if tcp.state in ("ESTABLISHED", "CLOSE_WAIT")]
+    if len(waiting) != 1:
+        return False
+    return waiting[0].state == "CLOSE_WAIT" if ours is None else waiting[0].remote[1] == ours.getsockname()[1]
+
+
 def _turning_away(
     first: socket.socket, second: socket.socket, address: MonitorAddress, pid: int, listener: Fd
 ) -> socket.socket:

@@ -68,6 +68,8 @@ class Console(Generic[Log]):
         self.log = log
         self._closing = threading.Event()
         self._peer: socket.socket | None = None
+        self.hangups = 0
+        """How often a QEMU has hung up."""
         self._threads: list[threading.Thread] = []
 
     def connect(self, path: Path | str, seconds: float = 10) -> "Console[Log]":
@@ -139,6 +141,7 @@ class Console(Generic[Log]):
         while not self._closing.is_set():
             with contextlib.suppress(OSError):
                 self._read(self._peer or _connected(path, 0))
+                self.hangups += not self._closing.is_set()
             self._peer = None
             self._closing.wait(0.002)
 

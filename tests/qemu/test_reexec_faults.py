@@ -6,6 +6,7 @@ process; after the commit it is in the new one, in its own.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,6 +94,40 @@ def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
     else:
         assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
         victim.as_before(before)
+    victim.can_be_updated()
+
+
+@pytest.mark.parametrize("then", ["", "fail", pytest.param("kill_keeper", marks=pytest.mark.full)])
+def test_what_is_typed_when_the_state_is_saved_is_not_lost(victim: Victim, stage: Stage, then: str) -> None:
+    """The old program would read it, and end; or it goes on, and reads it then."""
+    log, typed = victim.guest.log, b"ab"
+    victim.guest.console.send(typed[:1])
+    log.wait(lambda: log.echoed, 10, "no echo")
+    faults = [Fault(at=SCRIPT.at("SaveState", "done"), do="wait")]
+    faults += [Fault(at="fact:standing in", do=then)] if then else []
+    handle = victim.handle(stage, *faults)
+    saved = stage.wait()
+    victim.guest.console.send(typed[1:])
+    time.sleep(0.2)  # a QEMU that listens would have it by now
+    saved.go()
+    outcome = handle.outcome()
+    assert outcome.status == (Status.ROLLED_BACK if then else Status.UPDATED), outcome
+    victim.counts()
+    log.wait(lambda: len(log.echoed) >= len(typed), 10, "what was typed is lost")
+    assert bytes(log.echoed) == typed
+    assert victim.guest.console.hangups == 0
+    victim.alone()
+    victim.closed()
+    victim.can_be_updated()
+
+
+@pytest.mark.parametrize("do", ["fail", pytest.param("kill_keeper", marks=pytest.mark.full)])
+def test_it_ends_while_clients_of_ours_wait(victim: Victim, do: str) -> None:
+    """Those that the new QEMU was to accept: the next update does not take them for somebody who waits."""
+    before = victim.before()
+    outcome = victim.play(Fault(at="fact:exec", do=do))
+    assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
+    victim.as_before(before)
     victim.can_be_updated()
 
 

@@ -92,6 +92,7 @@ class Victim:
         *,
         everything: bool = True,
         engine: str = "handover",
+        memory: str = "64M",
         **how: Any,
     ) -> Victim:
         """everything: with RAM that would be discarded, a VNC server, a forwarded port."""
@@ -103,7 +104,7 @@ class Victim:
             words = (*words, "-vnc", f"unix:{lab.directory}/vnc")
             how.setdefault("backend", f"memory-backend-file,share=on,discard-data=on,mem-path={lab.directory}/ram")
         how.setdefault("backend", backend(born, lab))
-        guest = lab.counting(born, *words, pace=how.pop("pace", None), memory="64M", **how)
+        guest = lab.counting(born, *words, pace=how.pop("pace", None), memory=memory, **how)
         return cls(lab, guest, build(new), lab.directory / "run", guest.pid, engine)
 
     @property
@@ -282,16 +283,7 @@ class Victim:
         self.closed()
         facts = self.facts()
         assert facts.binary.identity == identity
-        for name in ("runstate", "machine"):
-            assert getattr(facts, name) == getattr(before.facts, name), name
-        assert [c.files for c in facts.chains] == [c.files for c in before.facts.chains]
-        assert {n for n, on in facts.capabilities if on} == {n for n, on in before.facts.capabilities if on}
-        assert {k: facts.parameters[k] for k in STREAM} == {k: before.facts.parameters[k] for k in STREAM}
-        assert [b.discard_data for b in facts.ram] == [b.discard_data for b in before.facts.ram]
-        assert forwards(facts) == forwards(before.facts)
-        assert [[*listener[:3]] for v in facts.vnc for listener in v.listeners] == [
-            [*listener[:3]] for v in before.facts.vnc for listener in v.listeners
-        ]
+        same_settings(facts, before.facts)
 
     def can_be_updated(self) -> None:
         """An ordinary update follows, and all of the RAM is right."""
@@ -308,6 +300,20 @@ SAME = (
     "jobs", "blocked_reasons",
 )  # fmt: skip
 STREAM = ("max-bandwidth", "downtime-limit")
+
+
+def same_settings(facts: Facts, before: Facts) -> None:
+    """Of a guest that was moved: what it was told over its monitor, what it has open, who can connect to it."""
+    for name in ("runstate", "machine"):
+        assert getattr(facts, name) == getattr(before, name), name
+    assert [c.files for c in facts.chains] == [c.files for c in before.chains]
+    assert {n for n, on in facts.capabilities if on} == {n for n, on in before.capabilities if on}
+    assert {k: facts.parameters[k] for k in STREAM} == {k: before.parameters[k] for k in STREAM}
+    assert [b.discard_data for b in facts.ram] == [b.discard_data for b in before.ram]
+    assert forwards(facts) == forwards(before)
+    assert [[*listener[:3]] for v in facts.vnc for listener in v.listeners] == [
+        [*listener[:3]] for v in before.vnc for listener in v.listeners
+    ]
 
 
 def clients(facts: Facts) -> list[tuple[str, bool, int]]:

@@ -208,6 +208,8 @@ PROCESS = [
     Case("thread-ids", "nobody remembers them", guest(), [], {"host": host(capabilities=())}),
     *(Case("thread-ids", f"kept with {name}", LIBVIRT, [], {"host": host(capabilities=(name,))})
       for name in ("CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE")),
+    Case("seccomp-filters", "200", guest(seccomp_filters=200), [(N, "pid 4242")]),
+    Case("seccomp-filters", "as many as the kernel takes", guest(seccomp_filters=201), [(B, "pid 4242")]),
     *(Case("seccomp-filters", str(n), guest(seccomp_filters=n)) for n in (None, 0, 1)),
 ]  # fmt: skip
 
