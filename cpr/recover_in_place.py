@@ -29,7 +29,6 @@ from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.model import MonitorAddress, Runstate
 from cpr.qemu import clients, qmp
-from cpr.qemu.clients import socket_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

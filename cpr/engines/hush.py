@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cpr.engines import graft
 from cpr.linux.tracee import Call, Result
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
-from cpr.qemu.clients import descriptor_targets
+from cpr.qemu.clients import aside, descriptor_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +30,8 @@ SILENT = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 """Not connected: nothing is to be read from it, nobody hangs up, and a read says EAGAIN."""
 
 
-def hush(tracer: Tracer, numbers: Iterable[int]) -> None:
-    """Have the accepted connections of the tracer's process say nothing. Safe to repeat on others, not on these.
+def hush(process: Process, tracer: Tracer, numbers: Iterable[int]) -> None:
+    """Have the accepted connections of the process, which is the tracer's, say nothing. Safe to repeat on others, not on these.
 
     Should the tracer die in the middle, `listen_again` undoes what was done.
 
@@ -39,10 +39,11 @@ def hush(tracer: Tracer, numbers: Iterable[int]) -> None:
         ConnectionError: the tracer died. OSError: all is as before, but for those before the one that failed.
     """
     calls: list[Call] = []
+    high = aside(process.pid)
     for number in numbers:
         at = len(calls)
         calls += [
-            Call("fcntl", (number, fcntl.F_DUPFD_CLOEXEC, graft.HIGH)),
+            Call("fcntl", (number, fcntl.F_DUPFD_CLOEXEC, high)),
             Call("socket", (socket.AF_UNIX, SILENT, 0)),
             Call("dup3", (Result(at + 1), number, os.O_CLOEXEC)),
             Call("close", (Result(at + 1),)),

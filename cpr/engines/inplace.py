@@ -265,13 +265,14 @@ class SaveState(Step):
         run.extra["chains"] = run.monitor.execute("query-block")
 
     def _hush(self, run: Run) -> None:
+        assert run.old is not None
         kept = in_place(run)
         kept.clients = hold_clients(run, self.guest)
         inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.clients}
         kept.hushed = [(number, inodes[label]) for label, number in kept.clients.items()]
         run.journal.fact("hushed", clients=kept.hushed)
         try:
-            hush.hush(kept.tracer, kept.clients.values())
+            hush.hush(run.old, kept.tracer, kept.clients.values())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
 
