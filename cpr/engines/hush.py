@@ -31,7 +31,8 @@ SILENT = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 
 
 def hush(process: Process, tracer: Tracer, numbers: Iterable[int]) -> None:
-    """Have the accepted connections of the process, which is the tracer's, say nothing. Safe to repeat on others, not on these.
+    """Have accepted connections of the process, which is the tracer's, say nothing. Safe to repeat on others, not on
+    these.
 
     Should the tracer die in the middle, `listen_again` undoes what was done.
 
