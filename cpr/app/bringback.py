@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -120,7 +121,8 @@ def bring_back(
         except OSError as error:
             back = Back(saved=saved, error=NotRestored(f"{saved.label} is not restored: {error}"))
         if back.error is not None and saved.restore.result is Result.OPEN:
-            book.note(saved, words=back.error.message, tries=saved.restore.tries + 1)
+            with contextlib.suppress(OSError):
+                book.note(saved, words=back.error.message, tries=saved.restore.tries + 1)
         return replace(back, seconds=time.monotonic() - began)
 
     backs = in_parallel(one, guests, jobs)
@@ -155,7 +157,10 @@ def _restore_in(
         book.note(saved, result=Result.LOADED, pid=pid, start_time=start_time, words="", tries=tries)
 
     restored = restore(saved, manifest, program, log=_log(saved), loaded=loaded)
-    book.note(saved, result=Result.RESTORED)
+    try:
+        book.note(saved, result=Result.RESTORED)
+    except OSError as error:  # it is written down that it was loaded: that is what matters
+        restored.differences.append(f"the manifest could not be written any more: {error}")
     return program.target, restored
 
 
