@@ -1,6 +1,6 @@
 """What a decision about a reboot needs to know besides what a survey reads: read here, once, before the checks.
 
-    guest = with_reboot_facts(guest)                       # what its RAM and disks lie on, its agent
+    guest = with_reboot_facts(guest)                       # what its RAM and disks lie on, its agent, what is by fd
     kexec = next_kernel(image="", initrd="", append="quiet", reuse=True, state_directory="/var/lib/cpr")
 
 Out of scope: judging (checks/reboot.py, persistence.py).
@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.command import command_of
 from cpr.errors import CprError
-from cpr.linux import dax, kexec
-from cpr.model import GuestAgent, NextKernel
+from cpr.linux import dax, kexec, tun
+from cpr.model import Backing, GuestAgent, NextKernel
 from cpr.persistence import persistence
+from cpr.qemu import qmp, sockets
 from cpr.qemu.agent import Agent
-from cpr.qemu.answers import flag
+from cpr.qemu.answers import Answers, flag
 from cpr.qemu.chardevs import parse_filename
-from cpr.qemu.cmdline import devices
+from cpr.qemu.cmdline import CommandLineError, devices
 from cpr.qemu.qmp import path_in
+from cpr.reboot.afresh import NAMED, not_had_again
 from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cpr.model import Guest, RamBlock, Storage
-    from cpr.qemu.answers import Answers
+    from cpr.model import Chardev, Guest, RamBlock, Storage
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 AGENT_SECONDS = 3.0
@@ -38,14 +39,21 @@ POWER_MANAGEMENT = ("ICH9-LPC", "PIIX4_PM")
 
 
 def with_reboot_facts(guest: Guest) -> Guest:
-    """The guest with `storage` of its RAM, `disks` and `agent` filled in, as far as they can be read."""
+    """The guest with what the model says is read for a reboot only, as far as it can be read."""
     pid = guest.process.pid
-    return replace(
+    known = replace(
         guest,
         ram=tuple(replace(block, storage=ram_storage(pid, block)) for block in guest.ram),
         disks=tuple(disk_storage(pid, [f for chain in guest.chains for f in chain.files])),
+        netdevs=tuple(replace(n, persistent=bool(n.ifname) and tun.persistent(n.ifname)) for n in guest.netdevs),
+        chardevs=tuple(replace(c, peer=peer_of(guest, c)) for c in guest.chardevs),
         agent=ask_agent(agent_socket(guest), pid),
+        s3_disabled=ask_s3(guest),
     )
+    try:
+        return replace(known, not_had_again=not_had_again(known))
+    except CommandLineError:
+        return known  # `command-line` speaks of it
 
 
 def ram_storage(pid: int, block: RamBlock) -> Storage | None:
@@ -53,9 +61,33 @@ def ram_storage(pid: int, block: RamBlock) -> Storage | None:
     if block.fd is None:
         return None
     try:
-        return dax.storage_of(f"/proc/{pid}/fd/{block.fd}")
+        storage = dax.storage_of(f"/proc/{pid}/fd/{block.fd}")
     except OSError:
         return None
+    if storage.volatile or storage.kind not in NAMED or _leads_to(path_in(pid, storage.path), storage):
+        return storage
+    return replace(storage, volatile=f"{storage.path} was deleted or leads elsewhere now: nobody could open it again")
+
+
+def _leads_to(path: str, storage: Storage) -> bool:
+    """Whether the path is still this file or device."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    if storage.kind is Backing.DEVDAX:
+        return (os.major(status.st_rdev), os.minor(status.st_rdev)) == storage.device
+    return ((os.major(status.st_dev), os.minor(status.st_dev)), status.st_ino) == (storage.device, storage.inode)
+
+
+def peer_of(guest: Guest, chardev: Chardev) -> str:
+    """Path or HOST:PORT at the other end of a connection that QEMU has made; "" where there is none or nobody tells."""
+    if chardev.server or chardev.client is None:
+        return ""
+    if told := parse_filename(chardev.filename).peer:
+        return told
+    inode = next((f.inode for f in guest.open_files if f.number == chardev.client), 0)
+    return sockets.peer_path(sockets.Endpoint(number=chardev.client, inode=inode), guest.process.pid)
 
 
 def disk_storage(pid: int, files: Sequence[str]) -> list[Storage]:
@@ -90,6 +122,17 @@ def ask_agent(path: str, pid: int | None = None) -> GuestAgent | None:
     except CprError as error:
         return GuestAgent(path=path, error=error.message)
     return GuestAgent(path=path, version=info.version, can_suspend=info.can_suspend)
+
+
+def ask_s3(guest: Guest) -> bool | None:
+    """Asked only of a guest that has to be suspended."""
+    if guest.monitor is None or not any(f.kind == "vfio" for f in guest.open_files):
+        return None
+    try:
+        with qmp.connect(guest.monitor, guest.process.pid) as monitor:
+            return s3_disabled(Answers(monitor))
+    except CprError:
+        return None
 
 
 def s3_disabled(answers: Answers) -> bool | None:
