@@ -9,6 +9,9 @@ world     everything that reads or writes the machine comes through `World`, so 
 
 from cpr.app.byhand import Saved, load, save
 from cpr.app.examine import Examined, Modes, check, info, list_guests, show
+from cpr.app.reboot import perform_reboot
+from cpr.app.rebootable import Jump, RebootCheck, check_kexec
+from cpr.app.restore import restore
 from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
@@ -19,8 +22,10 @@ __all__ = [
     "Choices",
     "Examined",
     "Handle",
+    "Jump",
     "Modes",
     "Prepared",
+    "RebootCheck",
     "SaveMode",
     "Saved",
     "Started",
@@ -28,14 +33,17 @@ __all__ = [
     "Update",
     "World",
     "check",
+    "check_kexec",
     "info",
     "list_guests",
     "load",
     "log",
     "perform",
+    "perform_reboot",
     "prepare",
     "real_world",
     "recover",
+    "restore",
     "run",
     "runs",
     "save",

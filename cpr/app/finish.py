@@ -42,6 +42,16 @@ def watched(path: str) -> bool:
     return manifest.phase not in (Phase.JUMPING, Phase.UNDONE) and manifest.boot_id == proc.boot_id()
 
 
+def claimed(process: ProcessId) -> CprError | None:
+    """A reboot that was interrupted and left this QEMU as it was saved, as far as we may look."""
+    with contextlib.suppress(CprError, OSError):
+        manifest = manifests.read_file(store.current())
+        if manifest.boot_id == proc.boot_id() and any(g.process == process for g in manifest.open):
+            holder = {"run": manifest.run}
+            return Busy(f"run {manifest.run} was interrupted and is not recovered", holder, hint="cpr recover")
+    return None
+
+
 def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, ...]:
     """Bring every guest of the manifest at `path` to where it runs; what became of each. Safe to repeat.
 

@@ -1,6 +1,6 @@
 """A new host kernel under running guests: look at all, then save all, jump, and bring all back after the boot.
 
-    examine ─► lock ─► load the kernel ─► [saving] try the states ─► suspend ─► save ─► seal ─► [saved]
+    check (rebootable.py) ─► lock ─► load the kernel ─► [saving] try the states ─► suspend ─► save ─► seal ─► [saved]
                                                     ─► [committed] end the old QEMUs ─► [jumping] jump
 
 In brackets: the phase of the manifest, on disk before it is begun. Until the commit everything can be undone, and is:
@@ -14,20 +14,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpr.app import savable
 from cpr.app.byhand import locked
-from cpr.app.examine import Examined, Examiner, find_all, in_parallel
 from cpr.app.finish import finish_held
 from cpr.app.saveall import Saving
-from cpr.app.update import Update, untouched, worst
-from cpr.app.world import Choices, World, real_world
-from cpr.checks.registry import in_order
+from cpr.app.update import Update, untouched
+from cpr.app.world import real_world
+from cpr.checks.registry import blockers
 from cpr.errors import Blocked, CprError, Exit, Interrupted
 from cpr.linux import proc
-from cpr.model import Outcome, Severity, Status
+from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
 from cpr.reboot.manifest import Manifest, Phase
@@ -35,131 +33,74 @@ from cpr.reboot.manifest import Manifest, Phase
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cpr.app.examine import Examined
+    from cpr.app.rebootable import RebootCheck
     from cpr.app.update import Stop
-    from cpr.model import Finding, NextKernel
+    from cpr.app.world import Choices, World
     from cpr.progress import Progress
+    from cpr.reboot.goingon import WentOn
 
 SAVED = "saved: the host jumps into the new kernel, and it goes on there"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoices:
-    """The kernel to jump into."""
-
-    image: str = ""
-    initrd: str = ""
-    append: str = ""
-    reuse: bool = True
-    abandon: tuple[str, ...] = ()
-    """Guests that are lost by it, by name, uuid or pid."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedReboot:
-    """What would be done."""
-
-    run_id: str
-    choices: Choices
-    kernel: NextKernel
-    guests: tuple[Examined, ...]
-    abandoned: tuple[str, ...] = ()
-
-    @property
-    def refused(self) -> tuple[Examined, ...]:
-        return tuple(e for e in self.guests if e.error is not None)
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """Of all guests; what is the host's stands there once."""
-        return in_order(f for e in self.guests for f in e.findings)
-
-    @property
-    def blockers(self) -> tuple[Finding, ...]:
-        return tuple(f for f in self.findings if f.severity is Severity.BLOCKER)
-
-    @property
-    def exit_code(self) -> Exit:
-        """What the real run would exit with, if it went well."""
-        return worst(e.exit_code for e in self.refused)
-
-
-def prepare_reboot(
-    names: Sequence[str], choices: Choices, kernel: KernelChoices, world: World | None = None
-) -> PreparedReboot:
-    """Look at the named guests, at all where none is named, and at the kernel. Nothing is changed.
-
-    Raises:
-        NotFound: a name that no guest has.
-    """
-    world = world or real_world()
-    given_up = {c.process for c in find_all(kernel.abandon, world)} if kernel.abandon else set()
-    everybody = world.candidates()
-    wanted = find_all(names, world) if names else everybody
-    wanted = tuple(c for c in wanted if c.process not in given_up)
-    chosen = {c.process for c in wanted}
-    left = [c for c in everybody if c.process not in chosen and c.process not in given_up]
-    next_kernel = world.next_kernel(
-        store.state_directory(),
-        image=kernel.image,
-        initrd=kernel.initrd,
-        append=kernel.append,
-        reuse=kernel.reuse,
-        unsaved=tuple(c.name or f"pid {c.process.pid}" for c in left),
-    )
-    examiner = Examiner(world=world, choices=choices)
-    guests = in_parallel(lambda c: savable.examine(examiner, c, next_kernel), wanted, choices.jobs)
-    lost = tuple(c.name or f"pid {c.process.pid}" for c in everybody if c.process in given_up)
-    return PreparedReboot(
-        run_id=world.new_run_id(), choices=choices, kernel=next_kernel, guests=guests, abandoned=lost
-    )
-
-
 def perform_reboot(
-    prepared: PreparedReboot, progress: Progress, stop: Stop, world: World | None = None
+    check: RebootCheck, choices: Choices, progress: Progress, stop: Stop, world: World | None = None
 ) -> Update:
     """Save every guest and jump; all or nothing. Where this returns with exit code 0 the host is going down.
 
     Raises:
-        Blocked: one guest is. Busy, KexecFailed, CprError, OSError: nothing was touched.
+        Blocked: the host is, or there is no guest. Busy, KexecFailed, CprError, OSError: nothing was touched.
     """
     world = world or real_world()
-    if prepared.refused:
-        return Update(run_id=prepared.run_id, outcomes=tuple(untouched(e) for e in prepared.guests))
-    if not prepared.guests:
+    run_id = world.new_run_id()
+    refused = blockers(check.host)
+    if refused:
+        raise Blocked(f"{refused[0].message} [{refused[0].check}]", hint=refused[0].hint)
+    if any(e.error is not None for e in check.guests):
+        return Update(run_id=run_id, outcomes=tuple(untouched(e) for e in check.guests))
+    if not check.guests:
         raise Blocked("there is no guest to save", hint="systemctl kexec, or kexec -e, jumps without cpr")
     stop.working = True
     with contextlib.ExitStack() as held:
-        for examined in prepared.guests:
+        for examined in check.guests:
             assert examined.guest is not None
             held.enter_context(locked(examined.guest, "update --kexec"))
         if stop.requested() is not None:
             raise Interrupted("interrupted before it began")
-        directory = store.make_run(prepared.run_id)
+        directory = store.make_run(run_id)
         path = os.path.join(directory, manifests.NAME)
         held.enter_context(store.hold(path, "update --kexec"))
-        return _Reboot(prepared, progress, stop, world, directory, path).run()
+        return _Reboot(check, choices, run_id, progress, stop, world, directory).run()
 
 
 class _Reboot:
     """One run, its locks held."""
 
     def __init__(
-        self, prepared: PreparedReboot, progress: Progress, stop: Stop, world: World, directory: str, path: str
+        self,
+        check: RebootCheck,
+        choices: Choices,
+        run_id: str,
+        progress: Progress,
+        stop: Stop,
+        world: World,
+        directory: str,
     ) -> None:
-        self.prepared = prepared
+        self.check = check
+        self.run_id = run_id
         self.progress = progress
         self.stop = stop
         self.world = world
         self.directory = directory
-        self.path = path
+        self.path = os.path.join(directory, manifests.NAME)
         self.began = time.monotonic()
-        self.saving = Saving(prepared.guests, directory, prepared.choices, progress, self._attend)
+        self.saving = Saving(check.guests, directory, choices, progress, self._attend)
         self.manifest: Manifest | None = None
 
     def run(self) -> Update:
         try:
             self._say("load the kernel")
-            self.world.load_kernel(self.prepared.kernel)
+            self.world.load_kernel(self.check.kexec)
             self.saving.prepare()
             self._write(self._first())
             store.make_current(self.directory)
@@ -201,7 +142,7 @@ class _Reboot:
             self.world.jump()
         except BaseException as error:
             return self._bring_back(error)
-        return self._update([self._saved(e) for e in self.prepared.guests])
+        return self._update([self._saved(e) for e in self.check.guests])
 
     def _undo(self, error: BaseException) -> Update:
         """Every guest goes on where it was; what is on disk of them is void first."""
@@ -219,7 +160,7 @@ class _Reboot:
             with contextlib.suppress(OSError, CprError):
                 self._write_guests(Phase.UNDONE, ())
             self._forget()
-        outcomes = [self._undone(e, went[e.candidate.process.pid], error, failures) for e in self.prepared.guests]
+        outcomes = [self._undone(e, went[e.candidate.process.pid], error, failures) for e in self.check.guests]
         if not isinstance(error, (CprError, OSError)):
             raise error
         return self._update(outcomes)
@@ -247,9 +188,9 @@ class _Reboot:
     # -- the manifest
 
     def _first(self) -> Manifest:
-        kernel = self.prepared.kernel
+        kernel = self.check.kexec
         return Manifest(
-            run=self.prepared.run_id,
+            run=self.run_id,
             boot_id=proc.boot_id(),
             release_before=os.uname().release,
             release=kernel.release or os.path.basename(kernel.image) or "unknown",
@@ -281,7 +222,7 @@ class _Reboot:
         for outcome in outcomes:
             event = {"event": "outcome", "status": str(outcome.status), "where": outcome.where}
             self.progress.event(outcome.guest, {**event, "exit_code": outcome.exit_code, "error": outcome.error or None})
-        return Update(run_id=self.prepared.run_id, outcomes=tuple(outcomes))
+        return Update(run_id=self.run_id, outcomes=tuple(outcomes))
 
     def _outcome(self, examined: Examined, status: Status, code: Exit, where: str) -> Outcome:
         guest = examined.guest
@@ -304,10 +245,7 @@ class _Reboot:
     def _saved(self, examined: Examined) -> Outcome:
         return self._outcome(examined, Status.SAVED, Exit.OK, SAVED)
 
-    def _undone(self, examined: Examined, went: object, error: BaseException, more: list[str]) -> Outcome:
-        from cpr.reboot.goingon import WentOn
-
-        assert isinstance(went, WentOn)
+    def _undone(self, examined: Examined, went: WentOn, error: BaseException, more: list[str]) -> Outcome:
         code = Exit.ROLLED_BACK
         if isinstance(error, Blocked):
             code = Exit.BLOCKED
