@@ -589,6 +589,8 @@ class Plan:
 
 class Status(StrEnum):
     UPDATED = "updated"
+    SAVED = "saved"
+    """For a reboot; it goes on after that."""
     UNCHANGED = "unchanged"
     BLOCKED = "blocked"
     ROLLED_BACK = "rolled_back"

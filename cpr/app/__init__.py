@@ -12,7 +12,9 @@ world     everything that reads or writes the machine comes through `World`, so 
 from cpr.app.byhand import Saved, load, save
 from cpr.app.examine import Examined, check, list_guests, show
 from cpr.app.modes import Modes, info
+from cpr.app.reboot import perform_reboot
 from cpr.app.rebootable import Jump, RebootCheck, check_kexec
+from cpr.app.restore import restore
 from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
@@ -40,9 +42,11 @@ __all__ = [
     "load",
     "log",
     "perform",
+    "perform_reboot",
     "prepare",
     "real_world",
     "recover",
+    "restore",
     "run",
     "runs",
     "save",

@@ -44,6 +44,10 @@ class Subject:
     guest: Guest[CountingLog]
     ram: Path
     pid: int
+    file: Path = Path()
+
+    def __post_init__(self) -> None:
+        self.file = self.lab.directory / "saved"
 
     @classmethod
     def start(cls, lab: Lab, cpr: Command, build: QemuBuild, *words: str, name: str = "web1", ram: Path | None = None,
@@ -54,12 +58,8 @@ class Subject:
         return cls(lab, cpr, guest, path, guest.pid)
 
     @property
-    def file(self) -> Path:
-        return self.lab.directory / "saved"
-
-    @property
     def manifest(self) -> Path:
-        return self.lab.directory / "saved.manifest"
+        return self.file.with_name(f"{self.file.name}.manifest")
 
     def status(self) -> str:
         with monitor(self.guest) as session:
@@ -100,6 +100,7 @@ class Subject:
         """It goes on where it was, its memory is what it left, and nothing is left switched on."""
         log = self.guest.log
         log.wait_ticks(3, 20)
+        self.guest.console.send(b"D")  # go through the memory as quickly as it can
         assert before < log.number < before + 5000
         log.wait_rounds(2, 60)
         assert not log.bad, log.bad
