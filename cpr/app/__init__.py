@@ -1,38 +1,55 @@
 """The use cases as functions: what `cli/` calls and prints. Nothing is printed here, nobody is asked.
 
-examine   list_guests, check, show, info     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+examine   list_guests, check, show     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+modes     info
+reboot    check_kexec                  the same for a new host kernel
 update    prepare -> Prepared, perform -> Update
 start     run                                start a guest that can be updated later
 runs      recover, runs, log
 world     everything that reads or writes the machine comes through `World`, so that a test gives values instead
 """
 
-from cpr.app.examine import Examined, Modes, check, info, list_guests, show
+from cpr.app.byhand import Saved, load, save
+from cpr.app.examine import Examined, check, list_guests, show
+from cpr.app.modes import Modes, info
+from cpr.app.reboot import perform_reboot
+from cpr.app.rebootable import Jump, RebootCheck, check_kexec
+from cpr.app.restore import restore
 from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
 from cpr.app.world import Choices, Handle, World, real_world
+from cpr.reboot.manifest import Mode as SaveMode
 
 __all__ = [
     "Choices",
     "Examined",
     "Handle",
+    "Jump",
     "Modes",
     "Prepared",
+    "RebootCheck",
+    "SaveMode",
+    "Saved",
     "Started",
     "Stop",
     "Update",
     "World",
     "check",
+    "check_kexec",
     "info",
     "list_guests",
+    "load",
     "log",
     "perform",
+    "perform_reboot",
     "prepare",
     "real_world",
     "recover",
+    "restore",
     "run",
     "runs",
+    "save",
     "show",
     "worst",
 ]
