@@ -87,6 +87,8 @@ def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
     if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes) and not _left(manifest):
         manifests.write_file(path, replace(manifests.read_file(path), phase=Phase.UNDONE))
         store.clean(path, manifest)
+        if not manifest.release:
+            store.forget(path)
     return tuple(outcomes)
 
 

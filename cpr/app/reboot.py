@@ -23,7 +23,7 @@ from cpr.app.saveall import Saving
 from cpr.app.update import Update, untouched
 from cpr.app.world import real_world
 from cpr.checks.registry import blockers
-from cpr.errors import Blocked, CprError, Exit, Interrupted
+from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted
 from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
@@ -94,6 +94,7 @@ class _Reboot:
         self.directory = directory
         self.path = os.path.join(directory, manifests.NAME)
         self.began = time.monotonic()
+        self.timeout = choices.timeout
         self.saving = Saving(check.guests, directory, choices, progress, self._attend)
         self.manifest: Manifest | None = None
 
@@ -101,6 +102,7 @@ class _Reboot:
         try:
             self._say("load the kernel")
             self.world.load_kernel(self.check.kexec)
+            self.began = time.monotonic()
             self.saving.prepare()
             self._write(self._first())
             store.make_current(self.directory)
@@ -121,6 +123,8 @@ class _Reboot:
     def _attend(self) -> None:
         if self.stop.requested() is not None:
             raise Interrupted("interrupted before the commit")
+        if time.monotonic() > self.began + self.timeout:
+            raise DeadlinePassed("save the guests", f"not done within {self.timeout:g} s", hint="--timeout allows longer")
 
     def _save(self) -> None:
         self.saving.try_states()

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from tests.qemu.conftest import Command, Result
 
 MEMORY = "32M"
-DISK = ("-drive", "if=none,id=d0,file={path},format=raw", "-device", "virtio-blk-pci,drive=d0,id=disk0")
+VIRTIO = (
+    *("-drive", "if=none,id=d0,file={path},format=raw", "-device", "virtio-blk-pci,drive=d0,id=disk0"),
+    *("-device", "virtio-balloon-pci", "-device", "virtio-rng-pci"),
+)
+"""Of these Debian's 11.1 refuses the queues as its 10.0 has made them."""
+
+
+def virtio(lab: Lab) -> list[str]:
+    """Words for devices that no other QEMU than the old one takes."""
+    image = lab.directory / "extra.disk"
+    image.write_bytes(bytes(1 << 20))
+    return [word.format(path=image) for word in VIRTIO]
 
 
 @contextlib.contextmanager

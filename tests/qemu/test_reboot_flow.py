@@ -17,7 +17,7 @@ import pytest
 from tests.qemu.conftest import Result, qemus_of
 from tests.qemu.moving import monitor
 from tests.qemu.rebooting import HOLD_AT, KILL_AT, PIDS, RECORD, REFUSE
-from tests.qemu.saving import DISK, Subject
+from tests.qemu.saving import Subject, virtio
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
@@ -270,9 +270,7 @@ def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
 @full
 def test_a_new_qemu_that_does_not_take_the_state(host: Host, builds: Builds) -> None:
     """Found out before anybody is stopped for good: blocked, in QEMU's words, and all run on."""
-    image = host.lab.directory / "extra.disk"
-    image.write_bytes(bytes(1 << 20))
-    host.guest(builds("10.0"), *[word.format(path=image) for word in DISK])
+    host.guest(builds("10.0"), *virtio(host.lab))
     host.guest(builds("10.0"))
     counts = host.counts()
     result = host.update("--qemu", builds("11.1.a").binary)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.qemu.moving import monitor
-from tests.qemu.saving import DISK, Subject, shared_memory
+from tests.qemu.saving import Subject, shared_memory, virtio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -237,10 +237,7 @@ def test_a_live_guest_is_not_loaded_beside_itself(lab: Lab, cpr: Command, builds
 
 def test_a_qemu_that_refuses_the_state(lab: Lab, cpr: Command, builds: Builds) -> None:
     """Debian's 11.1 refuses the virtio disks of a guest born on 10.0; RAM and state stay, and the old QEMU loads it."""
-    image = lab.directory / "extra.disk"
-    image.write_bytes(bytes(1 << 20))
-    words = [word.format(path=image) for word in DISK]
-    subject = Subject.start(lab, cpr, builds("10.0"), *words)
+    subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
     before = subject.guest.log.number
     subject.saved()
     untouched = digest(subject.file, subject.ram)
@@ -257,9 +254,7 @@ def test_a_qemu_that_refuses_the_state(lab: Lab, cpr: Command, builds: Builds) -
 @full
 def test_the_old_qemu_where_the_meant_one_refuses(lab: Lab, cpr: Command, builds: Builds) -> None:
     """Nobody has named one at the load, so it comes back at once in the copy of the old one, and that is told."""
-    image = lab.directory / "extra.disk"
-    image.write_bytes(bytes(1 << 20))
-    subject = Subject.start(lab, cpr, builds("10.0"), *[word.format(path=image) for word in DISK])
+    subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
     before = subject.guest.log.number
     subject.saved("--qemu", builds("11.1.a").binary)
     result = subject.load()
