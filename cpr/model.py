@@ -457,6 +457,12 @@ class Guest:
     """None: it has no port for one. Asked for a reboot only."""
     not_had_again: tuple[NotHadAgain, ...] = ()
     """What it has by a descriptor that nobody can make again after a boot; found for a reboot only."""
+    needed_after_boot: tuple[tuple[str, str], ...] = ()
+    """(kind, name) of what somebody else has to have made before it is restored; found for a reboot only."""
+    own_namespaces: tuple[str, ...] = ()
+    """Names of the namespaces in which it is not with us; found for a reboot only."""
+    unguarded_unit: str = ""
+    """The service that it is, where systemd would start that afresh over it after a boot; asked for a reboot only."""
     s3_disabled: bool | None = None
     """Its firmware does not offer suspend to RAM; None: not known."""
 

@@ -1,6 +1,8 @@
 """The use cases as functions: what `cli/` calls and prints. Nothing is printed here, nobody is asked.
 
-examine   list_guests, check, show, info     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+examine   list_guests, check, show     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+modes     info
+reboot    check_kexec                  the same for a new host kernel
 update    prepare -> Prepared, perform -> Update
 start     run                                start a guest that can be updated later
 runs      recover, runs, log
@@ -8,7 +10,8 @@ world     everything that reads or writes the machine comes through `World`, so 
 """
 
 from cpr.app.byhand import Saved, load, save
-from cpr.app.examine import Examined, Modes, check, info, list_guests, show
+from cpr.app.examine import Examined, check, list_guests, show
+from cpr.app.modes import Modes, info
 from cpr.app.reboot import perform_reboot
 from cpr.app.rebootable import Jump, RebootCheck, check_kexec
 from cpr.app.restore import restore

@@ -166,11 +166,28 @@ def _restore_in(
 
 def _program(saved: SavedGuest, wanted: str, world: World) -> Program:
     """Raises BinaryUnusable."""
-    if wanted == OLD:
-        if not saved.pinned_binary:
-            raise BinaryUnusable(saved.label, "no copy of its old QEMU was kept", hint="--qemu takes a path")
-        return Program(target=world.ask(saved.pinned_binary, ()), copy=True)
-    return Program(target=world.ask(wanted, saved.options))
+    if wanted != OLD:
+        return Program(target=world.ask(wanted, saved.options))
+    if not saved.pinned_binary:
+        raise BinaryUnusable(saved.label, "no copy of its old QEMU was kept", hint="--qemu takes a path")
+    if not os.path.isfile(saved.pinned_binary):
+        raise BinaryUnusable(saved.pinned_binary, "the copy of its old QEMU is gone", hint="--qemu takes a path")
+    return Program(target=_as_it_was(saved), copy=True)
+
+
+def _as_it_was(saved: SavedGuest) -> Target:
+    """The old QEMU takes its old command line: it need not be asked, and nothing is translated."""
+    return Target(
+        binary=replace(saved.binary_before, path=saved.pinned_binary),
+        machines=frozenset(),
+        machine_aliases={},
+        device_types=frozenset(),
+        commands=frozenset(),
+        migrate_modes=frozenset(),
+        capabilities=frozenset(),
+        options=None,
+        extra_options=saved.guest.added_options if saved.guest is not None else (),
+    )
 
 
 def _log(saved: SavedGuest) -> str:

@@ -224,8 +224,8 @@ class _Reboot:
 
     def _update(self, outcomes: Sequence[Outcome]) -> Update:
         for outcome in outcomes:
-            event = {"event": "outcome", "status": str(outcome.status), "where": outcome.where}
-            self.progress.event(outcome.guest, {**event, "exit_code": outcome.exit_code, "error": outcome.error or None})
+            told = {"status": str(outcome.status), "exit_code": outcome.exit_code, "where": outcome.where}
+            self.progress.event(outcome.guest, {"event": "outcome", **told, "error": outcome.error or None})
         return Update(run_id=self.run_id, outcomes=tuple(outcomes))
 
     def _outcome(self, examined: Examined, status: Status, code: Exit, where: str) -> Outcome:

@@ -49,7 +49,7 @@ def restore(
     with store.hold(path, "restore"):
         manifest = manifests.read_file(path)
         if manifest.boot_id == proc.boot_id() and manifest.phase not in ENDED:
-            why = f"run {manifest.run} is of this boot, and was interrupted ({manifest.phase}): its guests have not ended"
+            why = f"run {manifest.run} is of this boot, and was interrupted ({manifest.phase})"
             raise Blocked(why, hint="cpr recover", where="the guests are in their old QEMUs")
         chosen = tuple(find(manifest, name) for name in names) if names else manifest.open
         if give_up:

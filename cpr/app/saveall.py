@@ -135,9 +135,8 @@ class Saving:
         _raise_first(in_parallel(_caught(one), tuple(self._savers.values()), SIDE_BY_SIDE))
 
     def _tell(self, label: str, text: str) -> None:
-        self._progress.event(
-            label, {"event": "step", "step": text.split()[0], "text": text, "state": "doing", "commit": False}
-        )
+        event = {"event": "step", "step": "Save", "text": text, "state": "doing", "commit": False}
+        self._progress.event(label, event)
 
 
 def _caught(work: Callable[[T], None]) -> Callable[[T], BaseException | None]:

@@ -108,9 +108,10 @@ def afresh(guest: Guest, target: Target, *, mark: str = "") -> Afresh:
     )
 
 
-def not_had_again(guest: Guest) -> tuple[NotHadAgain, ...]:
-    """`Afresh.missing`, which is the same for every new QEMU. Raises `CommandLineError`."""
-    return tuple(_edited(guest)[1].missing)
+def demands(guest: Guest) -> tuple[tuple[NotHadAgain, ...], tuple[tuple[str, str], ...]]:
+    """`Afresh.missing` and `needs`, which are the same for every new QEMU. Raises `CommandLineError`."""
+    found = _edited(guest)[1]
+    return tuple(found.missing), tuple(dict.fromkeys(found.needs))
 
 
 def with_ram_paths(argv: Sequence[str], paths: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.command import command_of
 from cpr.errors import CprError
-from cpr.linux import dax, kexec, tun
+from cpr.linux import dax, kexec, proc, tun
+from cpr.linux.process import RunFailed, run
 from cpr.model import Backing, GuestAgent, NextKernel
 from cpr.persistence import persistence
 from cpr.qemu import qmp, sockets
@@ -24,7 +25,7 @@ from cpr.qemu.answers import Answers, flag
 from cpr.qemu.chardevs import parse_filename
 from cpr.qemu.cmdline import CommandLineError, devices
 from cpr.qemu.qmp import path_in
-from cpr.reboot.afresh import NAMED, not_had_again
+from cpr.reboot.afresh import NAMED, demands
 from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 AGENT_SECONDS = 3.0
+SYSTEMD_SECONDS = 3.0
+RESTORE_UNIT = "cpr-restore.service"
 POWER_MANAGEMENT = ("ICH9-LPC", "PIIX4_PM")
 """QOM types whose `disable_s3` decides what the ACPI tables offer (hw/isa/lpc_ich9.c, hw/acpi/piix4.c)."""
 
@@ -49,11 +52,14 @@ def with_reboot_facts(guest: Guest) -> Guest:
         chardevs=tuple(replace(c, peer=peer_of(guest, c)) for c in guest.chardevs),
         agent=ask_agent(agent_socket(guest), pid),
         s3_disabled=ask_s3(guest),
+        own_namespaces=own_namespaces(guest),
+        unguarded_unit=next((s.who for s in guest.supervisors if s.kind == "systemd" and unguarded(s.who)), ""),
     )
     try:
-        return replace(known, not_had_again=not_had_again(known))
+        missing, needs = demands(known)
     except CommandLineError:
         return known  # `command-line` speaks of it
+    return replace(known, not_had_again=missing, needed_after_boot=needs)
 
 
 def ram_storage(pid: int, block: RamBlock) -> Storage | None:
@@ -124,6 +130,31 @@ def ask_agent(path: str, pid: int | None = None) -> GuestAgent | None:
     return GuestAgent(path=path, version=info.version, can_suspend=info.can_suspend)
 
 
+def own_namespaces(guest: Guest) -> tuple[str, ...]:
+    """Namespaces in which the guest is not with us; those it only gives to its children do not count."""
+    ours = {name: inode for name, (_, inode) in proc.namespaces(os.getpid()).items() if "_for_" not in name}
+    return tuple(name for name, inode in guest.namespaces if name in ours and ours[name] != inode)
+
+
+def unguarded(unit: str) -> bool:
+    """Whether systemd may start this service at a boot without asking `cpr may-start` first."""
+    try:
+        shown = run(["systemctl", "show", "-p", "UnitFileState", "-p", "ExecCondition", unit], timeout=SYSTEMD_SECONDS)
+    except (RunFailed, OSError):
+        return False
+    values = dict(line.partition("=")[::2] for line in shown.stdout.decode(errors="replace").splitlines())
+    starts = values.get("UnitFileState", "") not in ("", "disabled", "masked", "masked-runtime", "transient")
+    return starts and "may-start" not in values.get("ExecCondition", "")
+
+
+def restores_by_itself(unit: str = RESTORE_UNIT) -> bool:
+    """Whether the unit that restores guests runs in the next boot; without systemd nothing does."""
+    try:
+        return run(["systemctl", "is-enabled", unit], timeout=SYSTEMD_SECONDS).stdout.strip() == b"enabled"
+    except (RunFailed, OSError):
+        return False
+
+
 def ask_s3(guest: Guest) -> bool | None:
     """Asked only of a guest that has to be suspended."""
     if guest.monitor is None or not any(f.kind == "vfio" for f in guest.open_files):
@@ -152,12 +183,13 @@ def next_kernel(
     reuse: bool = True,
     state_directory: str,
     unsaved: Sequence[str] = (),
-    restores_by_itself: bool = True,
+    restoring: bool | None = None,
     root: str = "/",
 ) -> NextKernel:
     """The named kernel, or the newest that is installed; its command line is the running one with `append` added.
 
-    `reuse=False`: its command line is `append` alone.
+    `reuse=False`: its command line is `append` alone. `restoring`: whether guests are restored by themselves; asked if
+    None.
     """
     installed = kexec.installed_kernels(root=root)
     chosen = next((k for k in installed if not image or os.path.realpath(k.image) == os.path.realpath(image)), None)
@@ -179,6 +211,6 @@ def next_kernel(
         state_directory=state_directory,
         state_directory_free=room.f_bavail * room.f_frsize,
         state_directory_volatile="" if kept.kept else kept.reason,
-        restores_by_itself=restores_by_itself,
+        restores_by_itself=restores_by_itself() if restoring is None else restoring,
         live_update=kexec.live_update(root=root),
     )

@@ -6,8 +6,8 @@ Run by the tests as `python -m tests.qemu.rebooting WORDS...`, which calls the c
                                        $REFUSE names the one that raises
     next_kernel                        is the real one, with what this container lacks left out: a kernel in /boot, the
                                        right to kexec, a unit that restores, the other guests of this host
-    after a phase was written          it stands in $RECORD as well; $KILL_AT names one at which we are killed (SIGKILL),
-                                       $HOLD_AT one at which we wait until there is a file $RECORD.go
+    after a phase was written          it stands in $RECORD too; $KILL_AT names one at which we are killed
+                                       (SIGKILL), $HOLD_AT one at which we wait until there is a file $RECORD.go
 
 Everything else is this machine: guests, state files, manifests, locks, the guardian.
 """

@@ -1,4 +1,4 @@
-"""`cpr update --kexec` for several guests: everything is real but the kernel that is loaded and the jump (rebooting.py).
+"""`cpr update --kexec` for several guests: everything is real but the loaded kernel and the jump (rebooting.py).
 
 After the jump that was only recorded, `cpr restore` is called in this same boot.
 """
@@ -80,7 +80,7 @@ class Host:
 
     def found(self, result: Result) -> None:
         """Where the guests are now."""
-        by_name = {g["name"]: g["pid_after"] for g in result.json["guests"]}
+        by_name = {g["name"]: g["pid_after"] for g in result.json.get("guests", ())}
         for number, guest in enumerate(self.guests):
             pid = by_name.get(f"guest{number}")
             if pid:
@@ -104,7 +104,7 @@ class Host:
             assert guest.guest.process.alive
             guest.counts_on(count)
         assert not (self.state / "reboot" / "current").is_symlink()
-        assert not [p for p in self.state.rglob("*.state")], "a state that is void was left"
+        assert not list(self.state.rglob("*.state")), "a state that is void was left"
 
     def counts(self) -> list[int]:
         return [g.guest.log.number for g in self.guests]
@@ -170,7 +170,7 @@ def test_a_jump_that_is_refused(host: Host, builds: Builds) -> None:
     result = host.update("--qemu", builds("11.1.a").binary, **{REFUSE: "jump"})
     assert result.code == 6, str(result)
     host.found(result)
-    assert host.happened()[-3:-1] == ["[committed]", "unload"] or "unload" in host.happened()
+    assert host.happened()[5:8] == ["jump", "[committed]", "unload"]
     for guest, count in zip(host.guests, counts, strict=True):
         assert os.path.basename(os.path.dirname(os.readlink(f"/proc/{guest.pid}/exe"))).startswith("old-")
         guest.counts_on(count)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cpr.model import Backing, Guest, RamBlock, Storage
-from cpr.reboot.afresh import Afresh, afresh, not_had_again, ram_path, with_ram_paths
+from cpr.reboot.afresh import Afresh, afresh, demands, ram_path, with_ram_paths
 from tests.unit import values
 from tests.unit.checks.facts import ARGV, DEVDAX, chardev, guest, netdev, target, vnc
 
@@ -272,5 +272,8 @@ def test_other_numbers_lead_nowhere(words: str, subject: str, number: str) -> No
 
 
 def test_what_is_missing_does_not_depend_on_the_new_qemu() -> None:
-    bare: Guest = guest("-add-fd", "fd=9,set=2", ram=(dax_ram(),))
-    assert not_had_again(bare) == afresh(bare, target()).missing
+    bare: Guest = guest("-add-fd", "fd=9,set=2", "-chardev", "socket,id=a,path=/run/s", ram=(dax_ram(),))
+    made = afresh(bare, target())
+    assert demands(bare) == (made.missing, made.needs)
+    assert made.missing
+    assert made.needs
