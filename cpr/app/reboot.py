@@ -124,7 +124,8 @@ class _Reboot:
         if self.stop.requested() is not None:
             raise Interrupted("interrupted before the commit")
         if time.monotonic() > self.began + self.timeout:
-            raise DeadlinePassed("save the guests", f"not done within {self.timeout:g} s", hint="--timeout allows longer")
+            words = f"not done within {self.timeout:g} s"
+            raise DeadlinePassed("save the guests", words, hint="--timeout allows longer")
 
     def _save(self) -> None:
         self.saving.try_states()

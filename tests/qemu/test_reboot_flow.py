@@ -252,7 +252,7 @@ def test_killed(host: Host, builds: Builds, phase: str) -> None:
 
 @full
 def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
-    """All old QEMUs have ended; the guardian keeps still, for the host may be going down, and recover brings them back."""
+    """All old QEMUs have ended; the guardian keeps still, for the host may be going down; recover brings them back."""
     host.guest(builds("10.0"))
     host.guest(builds("10.0"))
     counts = host.counts()
