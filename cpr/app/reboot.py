@@ -23,7 +23,7 @@ from cpr.app.saveall import Saving
 from cpr.app.update import Update, untouched
 from cpr.app.world import real_world
 from cpr.checks.registry import blockers
-from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted
+from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted, NotFound
 from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
@@ -60,6 +60,7 @@ def perform_reboot(
         return Update(run_id=run_id, outcomes=tuple(untouched(e) for e in check.guests))
     if not check.guests:
         raise Blocked("there is no guest to save", hint="systemctl kexec, or kexec -e, jumps without cpr")
+    _nobody_left()
     stop.working = True
     with contextlib.ExitStack() as held:
         for examined in check.guests:
@@ -71,6 +72,23 @@ def perform_reboot(
         path = os.path.join(directory, manifests.NAME)
         held.enter_context(store.hold(path, "update --kexec"))
         return _Reboot(check, choices, run_id, progress, stop, world, directory).run()
+
+
+def _nobody_left() -> None:
+    """Guests of an earlier reboot that are not back would be forgotten over a second one.
+
+    Raises:
+        Blocked: there are some. ManifestError: whether there are cannot be told.
+    """
+    try:
+        path = store.current()
+    except NotFound:
+        return
+    manifest = manifests.read_file(path)
+    if manifest.open:
+        names = ", ".join(g.label for g in manifest.open)
+        why = f"{names}: saved for an earlier reboot (run {manifest.run}), and not back"
+        raise Blocked(why, hint="cpr restore brings them back, cpr restore --give-up NAME gives one up")
 
 
 class _Reboot:

@@ -9,15 +9,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cpr.model import MonitorAddress
+from cpr.qemu import qmp
+from cpr.reboot import manifest as manifests
 from tests.qemu.conftest import Result, qemus_of
 from tests.qemu.moving import monitor
 from tests.qemu.rebooting import HOLD_AT, KILL_AT, PIDS, RECORD, REFUSE
-from tests.qemu.saving import Subject, virtio
+from tests.qemu.saving import Subject, changed, virtio
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
@@ -186,9 +190,6 @@ def test_the_third_of_three_cannot_be_saved(host: Host, builds: Builds) -> None:
     counts = host.counts()
     process = host.start("update", "--kexec", "-y", "--json", **{HOLD_AT: "saving"})
     host.wait("[saving]")
-    from cpr.model import MonitorAddress
-    from cpr.qemu import qmp
-
     with qmp.connect(MonitorAddress(label="m", path=str(host.lab.directory / "second2.qmp"))) as session:
         session.execute("device_add", driver="nvme", id="n0", serial="x", bus="rp0")
     host.go()
@@ -265,6 +266,33 @@ def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
     host.found(result)
     for guest, count in zip(host.guests, counts, strict=True):
         guest.counts_on(count)
+
+
+@full
+def test_after_another_boot(host: Host, builds: Builds) -> None:
+    """One guest's memory was wiped (fake: the boot is, by its id in the manifest): it is refused, the other is back.
+
+    As long as it is not back, no second reboot is begun.
+    """
+    host.guest(builds("10.0"))
+    host.guest(builds("10.0"))
+    counts = host.counts()
+    assert host.update().code == 0
+    directory = str(host.state / "reboot" / os.readlink(host.state / "reboot" / "current"))
+    manifests.write(directory, replace(manifests.read(directory), boot_id="another boot"))
+    with changed(host.guests[1].ram, 0, bytes(32 << 20)):
+        result = host.restore()
+        assert result.code == 7, str(result)
+        assert statuses(result) == ["updated", "needs_attention"]
+        assert "the memory was wiped" in guests_of(result)[1]["error"]
+        host.guests[0].counts_on(counts[0])
+        again = host.update()
+        assert again.code == 3, str(again)
+        assert "guest1" in again.err
+    assert host.restore().code == 0
+    for guest, count in zip(host.guests, counts, strict=True):
+        guest.counts_on(count)
+    assert host.restore("guest1").code == 5, "nothing is open any more"
 
 
 @full

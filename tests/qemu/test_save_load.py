@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.qemu.moving import monitor
-from tests.qemu.saving import Subject, shared_memory, virtio
+from tests.qemu.saving import Subject, changed, shared_memory, virtio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,24 +117,6 @@ def credentials(pid: int) -> str:
 
 
 # -- hostile files and moments
-
-
-@contextlib.contextmanager
-def changed(path: Path, at: int, data: bytes) -> Iterator[None]:
-    """Other bytes in a file, for a while; its times are put back as well."""
-    times = path.stat()
-    with path.open("r+b") as file:
-        file.seek(at)
-        before = file.read(len(data))
-        file.seek(at)
-        file.write(data)
-    try:
-        yield
-    finally:
-        with path.open("r+b") as file:
-            file.seek(at)
-            file.write(before)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where saved guests lie: directories of ours alone, the one that is current, copies of programs, one worker at a time."""
+"""Where saved guests lie: directories of ours alone, the current one, copies of programs, one worker at a time."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_copy_of_a_program(tmp_path: Path) -> None:
 
 
 def test_what_is_of_use_is_kept(base: str) -> None:
-    """Two guests of one old QEMU: with the first back its state goes; with the last the copy, and nothing is current."""
+    """Two guests of one old QEMU: with the first back its state goes; with the last also the copy."""
     directory = store.make_run("r1", base)
     store.make_current(directory)
     copy = os.path.join(directory, "old-0", "qemu-system-x86_64")

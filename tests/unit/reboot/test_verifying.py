@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -111,13 +112,14 @@ def test_a_regular_file_in_the_place_of_a_dax_device(known: SavedGuest) -> None:
 
 def test_ram_that_somebody_uses(known: SavedGuest) -> None:
     """A child of ours has it mapped shared."""
-    script = "import mmap,sys; f=open(sys.argv[1],'r+b'); m=mmap.mmap(f.fileno(),0); print(flush=True); sys.stdin.read()"
-    command = ["python3", "-c", script, known.ram[0].path]
+    script = "import mmap, sys; m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 0); print(flush=True); input()"
+    command = [sys.executable, "-c", script, known.ram[0].path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
         [reason] = reasons(known)
         assert f"in use by pid {child.pid}" in reason
+        child.communicate(b"\n")
 
 
 def test_the_old_process_is_still_there(known: SavedGuest) -> None:
