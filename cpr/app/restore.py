@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.app import bringback
+from cpr.app.finish import finish_loaded
 from cpr.app.update import Update
 from cpr.app.world import World, real_world
 from cpr.errors import Blocked, NoSuchGuest
@@ -51,6 +52,8 @@ def restore(
         if manifest.boot_id == proc.boot_id() and manifest.phase not in ENDED:
             why = f"run {manifest.run} is of this boot, and was interrupted ({manifest.phase})"
             raise Blocked(why, hint="cpr recover", where="the guests are in their old QEMUs")
+        loaded = () if give_up else finish_loaded(path, manifest.guests)
+        manifest = manifests.read_file(path)
         chosen = tuple(find(manifest, name) for name in names) if names else manifest.open
         if give_up:
             return Update(run_id=manifest.run, outcomes=tuple(_given_up(path, manifest, chosen)))
@@ -66,7 +69,7 @@ def restore(
         )
         kernel = _kernel_note(manifest)
         outcomes = tuple(replace(o, notes=(*o.notes, *kernel)) for o in (back.outcome() for back in backs))
-        return Update(run_id=manifest.run, outcomes=outcomes)
+        return Update(run_id=manifest.run, outcomes=loaded + outcomes)
 
 
 def find(manifest: Manifest, name: str) -> SavedGuest:

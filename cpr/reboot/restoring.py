@@ -21,16 +21,18 @@ from typing import TYPE_CHECKING
 from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
+from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
 from cpr.linux import cgroup, likeness, pci, proc
 from cpr.linux.fds import Fd
-from cpr.linux.process import Process
+from cpr.linux.process import Process, open_process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
 from cpr.reboot.afresh import afresh, with_ram_paths
 from cpr.reboot.goingon import restore_mode, wake
 from cpr.reboot.knowledge import make_directories
+from cpr.reboot.manifest import Result
 from cpr.reboot.saving import CPR_REBOOT, has_mode
 from cpr.reboot.verifying import NotRestorable, located, verify
 
@@ -94,6 +96,9 @@ def restore(
     Raises:
         NotRestorable: it is not what it was; nothing was started. NotRestored: the new QEMU does not take it.
     """
+    mark = run_mark(manifest.run, saved.pid)
+    if saved.restore.result is Result.OPEN:
+        end_left_behind(mark)
     saved = located(saved)
     verify(saved, manifest)
     guest = saved.guest
@@ -102,11 +107,11 @@ def restore(
     target = program.target
     if program.copy:  # the copy passes for what it is a copy of
         target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
-    made = afresh(guest, target)
+    made = afresh(guest, target, mark=mark)
     if made.missing:
         reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
         raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
-    starting = _Starting(saved, guest, made, program, log, attend)
+    starting = _Starting(saved, guest, made, program, log, attend, mark)
     try:
         starting.prepare()
         monitor = starting.start()
@@ -134,7 +139,14 @@ class _Starting:
     """A new QEMU on its way."""
 
     def __init__(
-        self, saved: SavedGuest, guest: Guest, made: Afresh, program: Program, log: str, attend: Callable[[], None]
+        self,
+        saved: SavedGuest,
+        guest: Guest,
+        made: Afresh,
+        program: Program,
+        log: str,
+        attend: Callable[[], None],
+        mark: str,
     ) -> None:
         self.saved = saved
         self.guest = guest
@@ -142,6 +154,7 @@ class _Starting:
         self.program = program
         self.log = log
         self.attend = attend
+        self.mark = mark
         self.notes = list(made.notes)
         self._process: Process | None = None
         self._said_before = 0
@@ -186,6 +199,7 @@ class _Starting:
                     descriptors=descriptors,
                     stdout=log,
                     stderr=log,
+                    mark=(MARK, self.mark),
                 )
             except OSError as error:
                 ours.close()
@@ -299,6 +313,22 @@ class _Starting:
             file.seek(self._said_before)
             return last_words(file.read(65536).decode(errors="replace"))
         return ""
+
+
+def end_left_behind(mark: str) -> None:
+    """QEMUs that an attempt before us has started, and that died before one of them had the state; known by the mark.
+
+    Raises:
+        NotRestored: one does not die.
+    """
+    for entry in proc.processes():
+        with contextlib.suppress(OSError):
+            if entry.zombie or dict(proc.read_environ(entry.pid)).get(MARK) != mark:
+                continue
+            with open_process(entry.pid, entry.start_time) as process:
+                process.kill()
+                if not process.wait_dead(15.0):
+                    raise NotRestored(f"pid {entry.pid}, left from an earlier attempt, does not die")
 
 
 def _log(path: str) -> Fd:

@@ -83,7 +83,7 @@ def _result(saved: SavedGuest) -> str:
     when = f"pid {saved.restore.pid}"
     return {
         Result.OPEN: "",
-        Result.LOADED: f"its state was loaded already ({when}): its RAM may have moved on",
+        Result.LOADED: f"its state was loaded already ({when}): its RAM may have moved on; cpr recover has it go on",
         Result.RESTORED: f"it was restored already ({when}): its RAM has moved on",
         Result.CONTINUED: "it went on in the QEMU that it was saved from: its RAM has moved on",
         Result.GIVEN_UP: "it was given up",

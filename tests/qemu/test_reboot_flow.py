@@ -5,7 +5,9 @@ After the jump that was only recorded, `cpr restore` is called in this same boot
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -249,6 +251,71 @@ def test_killed(host: Host, builds: Builds, phase: str) -> None:
     assert time.monotonic() - began < 10
     until(lambda: not (host.state / "reboot" / "current").is_symlink(), 10)
     host.run_as_before(counts)
+
+
+@full
+def test_killed_with_its_guardian(host: Host, builds: Builds) -> None:
+    """Nobody is left: the guests stand still, updates are refused, and recover has them go on."""
+    host.guest(builds("10.0"))
+    host.guest(builds("10.0"))
+    counts = host.counts()
+    process = host.start("update", "--kexec", "-y", "--json", **{HOLD_AT: "saved"})
+    host.wait("[saved]")
+    (guardian,) = processes_with("cpr.app.guardian", str(host.state))
+    os.kill(guardian, signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=20)
+    time.sleep(1)
+    assert [g.status() for g in host.guests] == ["postmigrate"] * 2
+    blocked = host.update()
+    assert blocked.code == 75, str(blocked)
+    result = host.call("recover", "--json")
+    assert result.code == 6, str(result)
+    host.run_as_before(counts)
+
+
+def processes_with(*words: str) -> list[int]:
+    """Pids of processes in whose command line all of them stand."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            said = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+            if said and all(word in said for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+@full
+def test_a_restore_that_is_killed(host: Host, builds: Builds) -> None:
+    """Once its state is loaded it is not loaded again: it goes on, in the QEMU that has it."""
+    host.guest(builds("10.0"))
+    count = host.counts()[0]
+    assert host.update().code == 0
+    result = host.call("restore", **{KILL_AT: "loaded"})
+    assert result.code == -9, str(result)
+    (pid,) = qemus_of(host.lab)
+    host.guests[0].pid = pid
+    assert host.guests[0].status() == "paused"
+    result = host.restore()
+    assert result.code == 0, str(result)
+    assert qemus_of(host.lab) == [pid]
+    host.guests[0].counts_on(count)
+
+
+@full
+def test_a_qemu_left_from_an_attempt_that_was_killed(host: Host, builds: Builds) -> None:
+    """It had not got the state: it is ended, and the next attempt is not kept from the guest's RAM."""
+    host.guest(builds("10.0"))
+    count = host.counts()[0]
+    assert host.update().code == 0
+    process = host.start("restore")
+    until(lambda: qemus_of(host.lab), 20)
+    process.kill()
+    process.communicate(timeout=20)
+    result = host.restore()
+    assert result.code == 0, str(result)
+    assert len(qemus_of(host.lab)) == 1
+    host.guests[0].counts_on(count)
 
 
 @full

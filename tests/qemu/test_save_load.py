@@ -19,6 +19,7 @@ from tests.qemu.saving import Subject, changed, shared_memory, virtio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
     from tests.qemu.conftest import Command
