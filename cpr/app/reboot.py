@@ -117,6 +117,16 @@ class _Reboot:
         self.manifest: Manifest | None = None
 
     def run(self) -> Update:
+        with contextlib.ExitStack() as guarded:
+            self._prepare(guarded)
+            try:
+                self._save()
+            except BaseException as error:
+                return self._undo(error)
+            return self._commit()
+
+    def _prepare(self, guarded: contextlib.ExitStack) -> None:
+        """All that can be done before a guest is touched."""
         try:
             self._say("load the kernel")
             self.world.load_kernel(self.check.kexec)
@@ -124,6 +134,7 @@ class _Reboot:
             self.saving.prepare()
             self._write(self._first())
             store.make_current(self.directory)
+            guarded.enter_context(self.world.guard(self.path))
         except BaseException:
             self.saving.close()
             with contextlib.suppress(OSError, CprError):
@@ -131,12 +142,6 @@ class _Reboot:
                     self._write(replace(self.manifest, phase=Phase.UNDONE))
             self._forget()
             raise
-        with self.world.guard(self.path):
-            try:
-                self._save()
-            except BaseException as error:
-                return self._undo(error)
-            return self._commit()
 
     def _attend(self) -> None:
         if self.stop.requested() is not None:

@@ -23,9 +23,9 @@ from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
-from cpr.linux import cgroup, likeness, pci, proc
+from cpr.linux import likeness, pci, proc
 from cpr.linux.fds import Fd
-from cpr.linux.process import Process, open_process
+from cpr.linux.process import Process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
@@ -34,6 +34,7 @@ from cpr.reboot.goingon import restore_mode, wake
 from cpr.reboot.knowledge import make_directories
 from cpr.reboot.manifest import Result
 from cpr.reboot.saving import CPR_REBOOT, has_mode
+from cpr.reboot.startable import end_left_behind, like_now, open_log
 from cpr.reboot.verifying import NotRestorable, located, verify
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ def restore(
     """
     mark = run_mark(manifest.run, saved.pid)
     if saved.restore.result is Result.OPEN:
-        end_left_behind(mark)
+        try:
+            end_left_behind(mark)
+        except StepFailed as error:
+            raise _as_not_restored(saved, error, log) from None
     saved = located(saved)
     verify(saved, manifest)
     guest = saved.guest
@@ -181,7 +185,7 @@ class _Starting:
         argv, environ = list(self._argv()), list(self.made.environ)
         with contextlib.ExitStack() as held:
             held.callback(theirs.close)
-            log = held.enter_context(_log(self.log))
+            log = held.enter_context(open_log(self.log))
             self._said_before = os.fstat(log.number).st_size
             if self.program.copy:
                 descriptors[PROGRAM_NUMBER] = held.enter_context(Fd(os.open(binary.path, os.O_RDONLY | os.O_CLOEXEC)))
@@ -313,45 +317,6 @@ class _Starting:
             file.seek(self._said_before)
             return last_words(file.read(65536).decode(errors="replace"))
         return ""
-
-
-def end_left_behind(mark: str) -> None:
-    """QEMUs that an attempt before us has started, and that died before one of them had the state; known by the mark.
-
-    Raises:
-        NotRestored: one does not die.
-    """
-    for entry in proc.processes():
-        with contextlib.suppress(OSError):
-            if entry.zombie or dict(proc.read_environ(entry.pid)).get(MARK) != mark:
-                continue
-            with open_process(entry.pid, entry.start_time) as process:
-                process.kill()
-                if not process.wait_dead(15.0):
-                    raise NotRestored(f"pid {entry.pid}, left from an earlier attempt, does not die")
-
-
-def _log(path: str) -> Fd:
-    return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-
-
-def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
-    """The likeness as it can be had now, and what is left out of it, in words.
-
-    Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
-    """
-    mounts = cgroup.own_mounts()
-    there, unmet = [], []
-    for entry in saved.likeness.cgroups:
-        place = cgroup.locate(entry, mounts)
-        if place is not None and os.path.isdir(place):
-            there.append(entry)
-        elif place is not None:
-            unmet.append(f"cgroup: {entry.path} is not there any more")
-    ours = proc.namespaces(os.getpid())
-    known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
-    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
-    return like, tuple(dict.fromkeys(unmet))
 
 
 def set_time(saved: SavedGuest, pid: int) -> list[str]:
