@@ -100,7 +100,7 @@ def restore(
     mark = run_mark(manifest.run, saved.pid)
     if saved.restore.result is Result.OPEN:
         try:
-            end_left_behind(mark)
+            end_left_behind(saved, mark)
         except StepFailed as error:
             raise _as_not_restored(saved, error, log) from None
     saved = located(saved)

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.engines.successor import MARK
-from cpr.errors import StepFailed
+from cpr.errors import CprError, StepFailed
 from cpr.linux import cgroup, likeness, proc
 from cpr.linux.fds import Fd
-from cpr.linux.process import open_process
+from cpr.linux.process import Process, open_process
+from cpr.model import Runstate
+from cpr.qemu import qmp
 
 if TYPE_CHECKING:
     from cpr.reboot.manifest import SavedGuest
 
+MONITOR_SECONDS = 5.0
 
-def end_left_behind(mark: str) -> None:
-    """QEMUs that an attempt before us has started, and that died before one of them had the state; known by the mark.
+def end_left_behind(saved: SavedGuest, mark: str) -> None:
+    """QEMUs that an attempt before us has started, known by their mark, as far as they still wait for the state.
+
+    One that has got it may be the guest, by whatever copy of this manifest: it is left, and is in the way.
 
     Raises:
         StepFailed: one does not die.
@@ -31,9 +37,23 @@ def end_left_behind(mark: str) -> None:
             if entry.zombie or dict(proc.read_environ(entry.pid)).get(MARK) != mark:
                 continue
             with open_process(entry.pid, entry.start_time) as process:
+                if not _waits_for_state(saved, process):
+                    continue
                 process.kill()
                 if not process.wait_dead(15.0):
                     raise StepFailed("restore", f"pid {entry.pid}, left from an earlier attempt, does not die")
+
+
+def _waits_for_state(saved: SavedGuest, process: Process) -> bool:
+    """By its own monitor, which comes up some moments after its start."""
+    if saved.monitor is None:
+        return False
+    end = time.monotonic() + MONITOR_SECONDS
+    while process.alive() and time.monotonic() < end:
+        with contextlib.suppress(CprError), qmp.connect(saved.monitor, process.pid) as monitor:
+            return bool(monitor.execute("query-status")["status"] == Runstate.INMIGRATE)
+        time.sleep(0.05)
+    return False
 
 
 def open_log(path: str) -> Fd:
