@@ -19,8 +19,9 @@ from cpr.reboot import store
 from cpr.reboot.manifest import Phase, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from cpr.errors import Exit
     from cpr.progress import Progress
     from cpr.reboot.manifest import Manifest, SavedGuest
 
@@ -34,6 +35,7 @@ def restore(
     directory: str = "",
     give_up: bool = False,
     progress: Progress,
+    interrupted: Callable[[], Exit | None] = lambda: None,
     world: World | None = None,
 ) -> Update:
     """Bring back the named guests of the open manifest, all where none is named; one that fails stops no other.
@@ -63,6 +65,7 @@ def restore(
             {g.pid: g for g in chosen}.values(),
             qemu=qemu,
             world=world,
+            interrupted=interrupted,
             progress=lambda saved, text: progress.event(
                 saved.label, {"event": "step", "step": "Restore", "text": text, "state": "doing", "commit": False}
             ),
