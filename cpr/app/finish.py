@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING
 
 from cpr.app import bringback
 from cpr.app.examine import in_parallel
-from cpr.errors import AS_BEFORE, NEEDS_YOU, RUNS_NEW, Busy, CprError, Exit
+from cpr.errors import AS_BEFORE, NEEDS_YOU, Busy, CprError, Exit
 from cpr.linux import proc
 from cpr.linux.process import open_process
-from cpr.model import Outcome, ProcessId, Runstate, Status
+from cpr.model import Outcome, ProcessId, Status
 from cpr.qemu import qmp
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
 from cpr.reboot.goingon import go_on
-from cpr.reboot.manifest import Phase, Restore, Result
+from cpr.reboot.manifest import Phase, Result
+from cpr.reboot.restoring import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -205,31 +206,15 @@ def _loaded(path: str, saved: SavedGuest) -> Outcome:
         where = f"the QEMU that had loaded its state (pid {new.pid}) has ended: its RAM may have moved on"
         return replace(_needs(saved, where, ""), hint="it cannot be loaded again; start it afresh")
     assert saved.monitor is not None
+    assert saved.guest is not None
     try:
         with qmp.connect(saved.monitor, new.pid, timeout=MONITOR_SECONDS) as monitor:
-            status = str(monitor.execute("query-status")["status"])
-            if saved.runstate == Runstate.RUNNING and status in (Runstate.PAUSED, Runstate.PRELAUNCH):
-                monitor.execute("cont")
-                status = str(monitor.execute("query-status")["status"])
+            settled = settle(saved, saved.guest, monitor, new.pid, new.start_time)
     except CprError as error:
         return _needs(saved, f"its new QEMU (pid {new.pid}) could not be told to go on", error.message)
     manifest = manifests.read_file(path)
     before = next(g.restore for g in manifest.guests if g.pid == saved.pid)
-    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, _restored(before)))
-    return Outcome(
-        guest=saved.label,
-        uuid=saved.uuid,
-        status=Status.UPDATED,
-        exit_code=int(Exit.OK),
-        where=RUNS_NEW,
-        engine="reboot",
-        pid_before=saved.pid,
-        pid_after=new.pid,
-        runstate=status,
-        binary_before=saved.binary_before,
-        notes=("finished by recover",),
-    )
-
-
-def _restored(before: Restore) -> Restore:
-    return replace(before, result=Result.RESTORED, time=time.time())
+    after = replace(before, result=Result.RESTORED, time=time.time())
+    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, after))
+    settled.notes.append("finished by recover")
+    return bringback.Back(saved=saved, restored=settled).outcome()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpr.qemu.qmp import Monitor
 
 WAKE_SECONDS = 10.0
-STANDS_STILL = (Runstate.PAUSED, Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
+STANDS_STILL = (Runstate.PAUSED, Runstate.PRELAUNCH, Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
