@@ -222,7 +222,8 @@ def test_one_that_dies_on_the_way(host: Host, builds: Builds) -> None:
     host.guests[0].counts_on(count)
 
 
-@pytest.mark.parametrize("phase", [pytest.param("saving", marks=full), "saved"])
+@full
+@pytest.mark.parametrize("phase", ["saving", "saved"])
 def test_interrupted(host: Host, builds: Builds, phase: str) -> None:
     """SIGTERM before the commit: everything is undone, exit 143."""
     host.guest(builds("10.0"))
