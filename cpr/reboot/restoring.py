@@ -23,7 +23,7 @@ from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
-from cpr.linux import likeness, pci, proc
+from cpr.linux import likeness, pci
 from cpr.linux.fds import Fd
 from cpr.linux.process import Process
 from cpr.model import Runstate
