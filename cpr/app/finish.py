@@ -24,9 +24,10 @@ from cpr.model import Outcome, ProcessId, Status
 from cpr.qemu import qmp
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
-from cpr.reboot.goingon import go_on
+from cpr.reboot.goingon import go_on, is_stuck
 from cpr.reboot.manifest import Phase, Result
 from cpr.reboot.restoring import settle
+from cpr.reboot.saving import end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,12 +79,15 @@ def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
         with contextlib.suppress(CprError):
             world.unload_kernel()
     alive = {g.pid for g in manifest.guests if _lives(g.process)}
+    stuck = {g.pid for g in manifest.open if g.pid in alive and _ended_as_stuck(g)}
+    alive -= stuck
     going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
     manifest = _void(path, manifest, going)
     outcomes = list(in_parallel(_continue, going, JOBS))
     ended = [g for g in manifest.open if g.pid not in alive]
-    if manifest.release:  # by hand it was to end, and may be loaded when somebody wants it
-        sealed = tuple(g for g in ended if g.state is not None)
+    # one that is saved by hand was to end, and may be loaded when somebody wants it
+    sealed = tuple(g for g in ended if g.state is not None and (manifest.release or g.pid in stuck))
+    if sealed:
         backs = bringback.bring_back(path, manifest, sealed, qemu=_qemu(sealed), world=world)
         outcomes += [_came_back(back) for back in backs]
         manifest = manifests.read_file(path)
@@ -116,6 +120,21 @@ def _held(path: str, patience: float) -> ProcessLock:
 def _lives(process: ProcessId) -> bool:
     with contextlib.suppress(OSError), open_process(process.pid, process.start_time) as it:
         return it.alive()
+    return False
+
+
+def _ended_as_stuck(saved: SavedGuest) -> bool:
+    """Whether it was saved while it slept, so that it goes on in another QEMU only; then this one is ended."""
+    if saved.state is None or saved.guest is None or saved.monitor is None:
+        return False
+    with (
+        contextlib.suppress(CprError, OSError),
+        open_process(saved.pid, saved.process.start_time) as process,
+        qmp.connect(saved.monitor, saved.pid, timeout=MONITOR_SECONDS) as monitor,
+    ):
+        if is_stuck(monitor, saved.guest, suspended=saved.suspended):
+            end(monitor, process, saved.guest)
+            return True
     return False
 
 
