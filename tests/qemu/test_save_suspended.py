@@ -36,7 +36,10 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(params=["10.0", "11.1.a"])
-def guest(lab: Lab, builds: Callable[[str], QemuBuild], request: pytest.FixtureRequest) -> Guest[LinuxLog]:
+def guest(
+    lab: Lab, builds: Callable[[str], QemuBuild], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Guest[LinuxLog]:
+    monkeypatch.setenv("CPR_RUN_DIR", str(lab.directory / "run"))
     ram = f"memory-backend-file,share=on,mem-path={lab.directory}/ram"
     words = ("-global", "ICH9-LPC.disable_s3=0")
     return lab.linux(builds(request.param), *words, agent=True, backend=ram, seconds=180)
