@@ -121,6 +121,7 @@ class _Reboot:
             self._prepare(guarded)
             try:
                 self._save()
+                self._write_guests(Phase.COMMITTED)
             except BaseException as error:
                 return self._undo(error)
             return self._commit()
@@ -160,7 +161,6 @@ class _Reboot:
 
     def _commit(self) -> Update:
         """From here on there is no way back but through the states."""
-        self._write_guests(Phase.COMMITTED)
         try:
             self._say("end the old QEMUs", commit=True)
             self.saving.quit()
