@@ -23,7 +23,7 @@ from cpr.app.saveall import Saving
 from cpr.app.update import Update, untouched
 from cpr.app.world import real_world
 from cpr.checks.registry import blockers
-from cpr.errors import Blocked, CprError, Exit, Interrupted
+from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted, NotFound
 from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
@@ -60,6 +60,7 @@ def perform_reboot(
         return Update(run_id=run_id, outcomes=tuple(untouched(e) for e in check.guests))
     if not check.guests:
         raise Blocked("there is no guest to save", hint="systemctl kexec, or kexec -e, jumps without cpr")
+    _nobody_left()
     stop.working = True
     with contextlib.ExitStack() as held:
         for examined in check.guests:
@@ -71,6 +72,23 @@ def perform_reboot(
         path = os.path.join(directory, manifests.NAME)
         held.enter_context(store.hold(path, "update --kexec"))
         return _Reboot(check, choices, run_id, progress, stop, world, directory).run()
+
+
+def _nobody_left() -> None:
+    """Guests of an earlier reboot that are not back would be forgotten over a second one.
+
+    Raises:
+        Blocked: there are some. ManifestError: whether there are cannot be told.
+    """
+    try:
+        path = store.current()
+    except NotFound:
+        return
+    manifest = manifests.read_file(path)
+    if manifest.open:
+        names = ", ".join(g.label for g in manifest.open)
+        why = f"{names}: saved for an earlier reboot (run {manifest.run}), and not back"
+        raise Blocked(why, hint="cpr restore brings them back, cpr restore --give-up NAME gives one up")
 
 
 class _Reboot:
@@ -94,16 +112,30 @@ class _Reboot:
         self.directory = directory
         self.path = os.path.join(directory, manifests.NAME)
         self.began = time.monotonic()
+        self.timeout = choices.timeout
         self.saving = Saving(check.guests, directory, choices, progress, self._attend)
         self.manifest: Manifest | None = None
 
     def run(self) -> Update:
+        with contextlib.ExitStack() as guarded:
+            self._prepare(guarded)
+            try:
+                self._save()
+                self._write_guests(Phase.COMMITTED)
+            except BaseException as error:
+                return self._undo(error)
+            return self._commit()
+
+    def _prepare(self, guarded: contextlib.ExitStack) -> None:
+        """All that can be done before a guest is touched."""
         try:
             self._say("load the kernel")
             self.world.load_kernel(self.check.kexec)
+            self.began = time.monotonic()
             self.saving.prepare()
             self._write(self._first())
             store.make_current(self.directory)
+            guarded.enter_context(self.world.guard(self.path))
         except BaseException:
             self.saving.close()
             with contextlib.suppress(OSError, CprError):
@@ -111,16 +143,13 @@ class _Reboot:
                     self._write(replace(self.manifest, phase=Phase.UNDONE))
             self._forget()
             raise
-        with self.world.guard(self.path):
-            try:
-                self._save()
-            except BaseException as error:
-                return self._undo(error)
-            return self._commit()
 
     def _attend(self) -> None:
         if self.stop.requested() is not None:
             raise Interrupted("interrupted before the commit")
+        if time.monotonic() > self.began + self.timeout:
+            words = f"not done within {self.timeout:g} s"
+            raise DeadlinePassed("save the guests", words, hint="--timeout allows longer")
 
     def _save(self) -> None:
         self.saving.try_states()
@@ -132,7 +161,6 @@ class _Reboot:
 
     def _commit(self) -> Update:
         """From here on there is no way back but through the states."""
-        self._write_guests(Phase.COMMITTED)
         try:
             self._say("end the old QEMUs", commit=True)
             self.saving.quit()
@@ -141,11 +169,13 @@ class _Reboot:
             self._say("jump into the new kernel")
             self.world.jump()
         except BaseException as error:
-            return self._bring_back(error)
+            return self._bring_back(error, Phase.COMMITTED, "the jump was not made")
         return self._update([self._saved(e) for e in self.check.guests])
 
     def _undo(self, error: BaseException) -> Update:
         """Every guest goes on where it was; what is on disk of them is void first."""
+        if self.saving.stuck:
+            return self._bring_back(error, Phase.SAVED, "undone")
         failures: list[str] = []
         try:
             voided = [replace(g, restore=replace(g.restore, result=manifests.Result.CONTINUED))
@@ -165,15 +195,14 @@ class _Reboot:
             raise error
         return self._update(outcomes)
 
-    def _bring_back(self, error: BaseException) -> Update:
-        """The jump was not made: what has ended is restored, and what has not goes on."""
-        self.saving.close()
+    def _bring_back(self, error: BaseException, phase: Phase, what: str) -> Update:
+        """What has ended is restored, and what has not goes on."""
         with contextlib.suppress(OSError, CprError):
-            self._write_guests(Phase.COMMITTED)
-        words = _words(error)
+            self._write_guests(phase)
+        self.saving.close()
+        words = f"{what}: {_words(error)}"
         outcomes = [
-            replace(o, error="; ".join(filter(None, [f"the jump was not made: {words}", o.error])))
-            for o in finish_held(self.path, self.world)
+            replace(o, error="; ".join(filter(None, [words, o.error]))) for o in finish_held(self.path, self.world)
         ]
         return self._update(outcomes)
 
@@ -220,8 +249,8 @@ class _Reboot:
 
     def _update(self, outcomes: Sequence[Outcome]) -> Update:
         for outcome in outcomes:
-            event = {"event": "outcome", "status": str(outcome.status), "where": outcome.where}
-            self.progress.event(outcome.guest, {**event, "exit_code": outcome.exit_code, "error": outcome.error or None})
+            told = {"status": str(outcome.status), "exit_code": outcome.exit_code, "where": outcome.where}
+            self.progress.event(outcome.guest, {"event": "outcome", **told, "error": outcome.error or None})
         return Update(run_id=self.run_id, outcomes=tuple(outcomes))
 
     def _outcome(self, examined: Examined, status: Status, code: Exit, where: str) -> Outcome:

@@ -106,6 +106,11 @@ class Saving:
         savers = tuple(self._savers.items())
         return dict(zip(dict(savers), in_parallel(lambda s: s[1].undo(), savers, SIDE_BY_SIDE), strict=True))
 
+    @property
+    def stuck(self) -> bool:
+        """One of them cannot go on where it is any more."""
+        return any(saver.stuck for saver in self._savers.values())
+
     def quit(self) -> None:
         """End every old QEMU."""
         self._all("end the old QEMU", lambda saver: saver.quit())
@@ -135,9 +140,8 @@ class Saving:
         _raise_first(in_parallel(_caught(one), tuple(self._savers.values()), SIDE_BY_SIDE))
 
     def _tell(self, label: str, text: str) -> None:
-        self._progress.event(
-            label, {"event": "step", "step": text.split()[0], "text": text, "state": "doing", "commit": False}
-        )
+        event = {"event": "step", "step": "Save", "text": text, "state": "doing", "commit": False}
+        self._progress.event(label, event)
 
 
 def _caught(work: Callable[[T], None]) -> Callable[[T], BaseException | None]:

@@ -21,17 +21,20 @@ from typing import TYPE_CHECKING
 from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
+from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
-from cpr.linux import cgroup, likeness, pci, proc
+from cpr.linux import likeness, pci
 from cpr.linux.fds import Fd
 from cpr.linux.process import Process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
 from cpr.reboot.afresh import afresh, with_ram_paths
-from cpr.reboot.goingon import restore_mode, wake
+from cpr.reboot.goingon import STANDS_STILL, restore_mode, wake
 from cpr.reboot.knowledge import make_directories
+from cpr.reboot.manifest import Result
 from cpr.reboot.saving import CPR_REBOOT, has_mode
+from cpr.reboot.startable import end_left_behind, like_now, open_log
 from cpr.reboot.verifying import NotRestorable, located, verify
 
 if TYPE_CHECKING:
@@ -94,6 +97,12 @@ def restore(
     Raises:
         NotRestorable: it is not what it was; nothing was started. NotRestored: the new QEMU does not take it.
     """
+    mark = run_mark(manifest.run, saved.pid)
+    if saved.restore.result is Result.OPEN:
+        try:
+            end_left_behind(saved, mark)
+        except StepFailed as error:
+            raise _as_not_restored(saved, error, log) from None
     saved = located(saved)
     verify(saved, manifest)
     guest = saved.guest
@@ -102,11 +111,11 @@ def restore(
     target = program.target
     if program.copy:  # the copy passes for what it is a copy of
         target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
-    made = afresh(guest, target)
+    made = afresh(guest, target, mark=mark)
     if made.missing:
         reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
         raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
-    starting = _Starting(saved, guest, made, program, log, attend)
+    starting = _Starting(saved, guest, made, program, log, attend, mark)
     try:
         starting.prepare()
         monitor = starting.start()
@@ -119,7 +128,37 @@ def restore(
         if isinstance(error, (CprError, OSError)):
             raise _as_not_restored(saved, error, log) from None
         raise
-    return starting.go_on(monitor, had_rebooted=manifest.boot_id != proc.boot_id())
+    restored = settle(saved, guest, monitor, starting.process.pid, starting.process.start_time)
+    restored.notes[:0] = starting.notes
+    monitor.close()
+    starting.process.close()
+    return restored
+
+
+def settle(saved: SavedGuest, guest: Guest, monitor: Monitor, pid: int, start_time: int) -> Restored:
+    """It is loaded, and goes on or stands as before, with what it had. What fails is told, and no more."""
+    before = saved.runstate
+    result = Restored(pid, start_time, "", None)
+    seen = monitor.event_count
+    try:
+        status = str(monitor.execute("query-status")["status"])
+        if saved.suspended:
+            wake(monitor)
+        elif before in (Runstate.RUNNING, Runstate.SUSPENDED) and status in STANDS_STILL:
+            monitor.execute("cont")
+            if before == Runstate.RUNNING:
+                with contextlib.suppress(TimeoutError):
+                    result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
+        result.runstate = str(monitor.execute("query-status")["status"])
+        result.differences += put_back(monitor, Settings.from_json(saved.settings), old=saved.pid, new=pid)
+        restore_mode(monitor, guest)
+    except CprError as error:
+        result.differences.append(error.message)
+    if not result.runstate or (before == Runstate.RUNNING) != (result.runstate == Runstate.RUNNING):
+        result.differences.append(f"it was {before}, and is {result.runstate or 'not to be asked'}")
+    if before == Runstate.RUNNING:
+        result.notes += set_time(saved, pid)
+    return result
 
 
 def _as_not_restored(saved: SavedGuest, error: CprError | OSError, log: str) -> NotRestored:
@@ -134,7 +173,14 @@ class _Starting:
     """A new QEMU on its way."""
 
     def __init__(
-        self, saved: SavedGuest, guest: Guest, made: Afresh, program: Program, log: str, attend: Callable[[], None]
+        self,
+        saved: SavedGuest,
+        guest: Guest,
+        made: Afresh,
+        program: Program,
+        log: str,
+        attend: Callable[[], None],
+        mark: str,
     ) -> None:
         self.saved = saved
         self.guest = guest
@@ -142,6 +188,7 @@ class _Starting:
         self.program = program
         self.log = log
         self.attend = attend
+        self.mark = mark
         self.notes = list(made.notes)
         self._process: Process | None = None
         self._said_before = 0
@@ -168,7 +215,7 @@ class _Starting:
         argv, environ = list(self._argv()), list(self.made.environ)
         with contextlib.ExitStack() as held:
             held.callback(theirs.close)
-            log = held.enter_context(_log(self.log))
+            log = held.enter_context(open_log(self.log))
             self._said_before = os.fstat(log.number).st_size
             if self.program.copy:
                 descriptors[PROGRAM_NUMBER] = held.enter_context(Fd(os.open(binary.path, os.O_RDONLY | os.O_CLOEXEC)))
@@ -186,6 +233,7 @@ class _Starting:
                     descriptors=descriptors,
                     stdout=log,
                     stderr=log,
+                    mark=(MARK, self.mark),
                 )
             except OSError as error:
                 ours.close()
@@ -259,34 +307,6 @@ class _Starting:
         words = migration.failure(monitor)
         return self._words() or words or f"the migration is {status}"
 
-    def go_on(self, monitor: Monitor, *, had_rebooted: bool) -> Restored:
-        """From here on it is forward only: what fails is told, and no more."""
-        before = self.saved.runstate
-        result = Restored(self.process.pid, self.process.start_time, "", None, self.notes)
-        seen = monitor.event_count
-        try:
-            if self.saved.suspended:
-                result.runstate = wake(monitor)
-            elif before in (Runstate.RUNNING, Runstate.SUSPENDED):
-                monitor.execute("cont")
-            if before == Runstate.RUNNING:
-                with contextlib.suppress(TimeoutError):
-                    result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
-            result.runstate = str(monitor.execute("query-status")["status"])
-            result.differences += put_back(
-                monitor, Settings.from_json(self.saved.settings), old=self.saved.pid, new=self.process.pid
-            )
-            restore_mode(monitor, self.guest)
-        except CprError as error:
-            result.differences.append(error.message)
-        if not result.runstate or (before == Runstate.RUNNING) != (result.runstate == Runstate.RUNNING):
-            result.differences.append(f"it was {before}, and is {result.runstate or 'not to be asked'}")
-        if before == Runstate.RUNNING:
-            result.notes += set_time(self.saved, self.process.pid)
-        monitor.close()
-        self.process.close()
-        return result
-
     def kill(self) -> None:
         """Nothing of the guest has run in it."""
         if self._process is not None:
@@ -299,29 +319,6 @@ class _Starting:
             file.seek(self._said_before)
             return last_words(file.read(65536).decode(errors="replace"))
         return ""
-
-
-def _log(path: str) -> Fd:
-    return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-
-
-def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
-    """The likeness as it can be had now, and what is left out of it, in words.
-
-    Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
-    """
-    mounts = cgroup.own_mounts()
-    there, unmet = [], []
-    for entry in saved.likeness.cgroups:
-        place = cgroup.locate(entry, mounts)
-        if place is not None and os.path.isdir(place):
-            there.append(entry)
-        elif place is not None:
-            unmet.append(f"cgroup: {entry.path} is not there any more")
-    ours = proc.namespaces(os.getpid())
-    known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
-    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
-    return like, tuple(dict.fromkeys(unmet))
 
 
 def set_time(saved: SavedGuest, pid: int) -> list[str]:

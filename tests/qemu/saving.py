@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from tests.qemu.conftest import Command, Result
 
 MEMORY = "32M"
-DISK = ("-drive", "if=none,id=d0,file={path},format=raw", "-device", "virtio-blk-pci,drive=d0,id=disk0")
+VIRTIO = (
+    *("-drive", "if=none,id=d0,file={path},format=raw", "-device", "virtio-blk-pci,drive=d0,id=disk0"),
+    *("-device", "virtio-balloon-pci", "-device", "virtio-rng-pci"),
+)
+"""Of these Debian's 11.1 refuses the queues as its 10.0 has made them."""
+
+
+def virtio(lab: Lab) -> list[str]:
+    """Words for devices that no other QEMU than the old one takes."""
+    image = lab.directory / "extra.disk"
+    image.write_bytes(bytes(1 << 20))
+    return [word.format(path=image) for word in VIRTIO]
 
 
 @contextlib.contextmanager
@@ -33,6 +45,24 @@ def shared_memory(lab: Lab) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def changed(path: Path, at: int, data: bytes) -> Iterator[None]:
+    """Other bytes in a file, for a while; its times are put back as well."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        before = file.read(len(data))
+        file.seek(at)
+        file.write(data)
+    try:
+        yield
+    finally:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @dataclass
