@@ -158,7 +158,7 @@ YAMA = Untraceable(
     why="kernel.yama.ptrace_scope is 1", ability="CAP_SYS_PTRACE", way_out="needs CAP_SYS_PTRACE"
 )
 
-LIBVIRT = guest(supervisors=(Supervisor(kind="libvirt", who="libvirt"),))
+UNDER_LIBVIRT = guest(supervisors=(Supervisor(kind="libvirt", who="libvirt"),))
 
 PROCESS = [
     *(Case("supervised", kind, guest(supervisors=(Supervisor(kind=kind, who="w"),)), [(B, f"{kind} w")])
@@ -207,10 +207,10 @@ PROCESS = [
     Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
     Case("async-teardown", "none", guest()),
     Case("seccomp-filters", "three", guest(seccomp_filters=3), [(N, "pid 4242")]),
-    Case("thread-ids", "libvirt remembers them", LIBVIRT, [(N, "CAP_CHECKPOINT_RESTORE")],
+    Case("thread-ids", "libvirt remembers them", UNDER_LIBVIRT, [(N, "CAP_CHECKPOINT_RESTORE")],
          {"host": host(capabilities=())}),
     Case("thread-ids", "nobody remembers them", guest(), [], {"host": host(capabilities=())}),
-    *(Case("thread-ids", f"kept with {name}", LIBVIRT, [], {"host": host(capabilities=(name,))})
+    *(Case("thread-ids", f"kept with {name}", UNDER_LIBVIRT, [], {"host": host(capabilities=(name,))})
       for name in ("CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE")),
     Case("seccomp-filters", "200", guest(seccomp_filters=200), [(N, "pid 4242")]),
     Case("seccomp-filters", "as many as the kernel takes", guest(seccomp_filters=201), [(B, "pid 4242")]),
