@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,12 @@ import pytest
 
 from cpr.engines import ptys
 from cpr.engines.relay import HIDDEN_WHILE_LOADING
+from cpr.errors import Exit
 from cpr.linux.process import open_process
 from tests.qemu.conftest import Command, qemus_of
+from tests.qemu.faults.fault import PATIENCE, Fault
+from tests.qemu.faults.moments import Script
+from tests.qemu.faults.subject import killed
 from tests.qemu.managers import Flood
 from tests.qemu.parties import Qmp, Wire, counted
 from tests.qemu.surveying import until
@@ -22,10 +27,12 @@ if TYPE_CHECKING:
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
+    from tests.qemu.faults.fault import Stage
 
     Builds = Callable[[str], QemuBuild]
 
 USER = 54321
+SCRIPT = Script("reexec")
 FIELDS = "Name|PPid|Uid|Gid|Groups|NSpid|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Umask|SigBlk|SigIgn"
 
 
@@ -126,18 +133,39 @@ def test_a_paused_guest_stays_paused(lab: Lab, cpr: Command, builds: Builds) -> 
         guest.check()
 
 
-def test_a_program_that_cannot_be_executed(lab: Lab, cpr: Command, builds: Builds, tmp_path: Path) -> None:
-    """It answers when it is asked, and is gone when it is needed: the guest runs in the old one, in its own process."""
-    fake = tmp_path / "qemu-system-x86_64"
-    real = builds("11.1.a").binary
-    fake.write_text(f"#!/bin/sh\nfor word; do [ \"$word\" = defer ] && exit 1; done\nexec {real} \"$@\"\n")
-    fake.chmod(0o755)
+@pytest.mark.parametrize("harm", ["gone", pytest.param("no program", marks=pytest.mark.full)])
+def test_a_program_that_cannot_be_executed(
+    lab: Lab, cpr: Command, stage: Stage, builds: Builds, tmp_path: Path, harm: str
+) -> None:
+    """It answers when it is asked, and the execve fails in the pause: the old one goes on, in its own process."""
+    program = tmp_path / "qemu-system-x86_64"
+    program.symlink_to(builds("11.1.a").binary)
     with counted(lab, builds("7.2")) as guest:
-        result = cpr("update", "--restart", guest.name, "--qemu", fake, "-y", "--json", "--engine", "reexec")
-        assert result.code != 0
+        number = guest.process.pid
+        moment = Fault(at=SCRIPT.at("ExecNew", "doing"), do="wait")
+        words = ("update", "--restart", guest.name, "--qemu", program, "-y", "--json", "--engine", "reexec")
+        process = cpr.start(*words, **stage.environment([moment]))
+        try:
+            announced = stage.wait()
+            program.unlink()
+            if harm != "gone":
+                program.write_bytes(b"\x7fELF and nothing more")
+                program.chmod(0o755)
+            announced.go()
+            out, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            if process.poll() is None:
+                killed(process)
+        (outcome,) = json.loads(out)["guests"]
+        assert (outcome["exit_code"], outcome["status"]) == (Exit.ROLLED_BACK, "rolled_back"), outcome
+        assert ("No such file" if harm == "gone" else "Exec format error") in outcome["error"]
+        assert (outcome["pid_before"], outcome["pid_after"]) == (number, number)
         guest.log.wait_ticks(20)
         guest.check()
-        assert qemus_of(lab) == [guest.process.pid]
+        assert qemus_of(lab) == [number]
+        assert cpr.update(number, builds("11.1.a")).guest["status"] == "updated"
+        guest.log.wait_ticks(20)
+        guest.check()
 
 
 def test_a_pty_stays_open(lab: Lab, cpr: Command, builds: Builds) -> None:
