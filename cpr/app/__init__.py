@@ -7,11 +7,13 @@ runs      recover, runs, log
 world     everything that reads or writes the machine comes through `World`, so that a test gives values instead
 """
 
+from cpr.app.byhand import Saved, load, save
 from cpr.app.examine import Examined, Modes, check, info, list_guests, show
 from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
 from cpr.app.world import Choices, Handle, World, real_world
+from cpr.reboot.manifest import Mode as SaveMode
 
 __all__ = [
     "Choices",
@@ -19,6 +21,8 @@ __all__ = [
     "Handle",
     "Modes",
     "Prepared",
+    "SaveMode",
+    "Saved",
     "Started",
     "Stop",
     "Update",
@@ -26,6 +30,7 @@ __all__ = [
     "check",
     "info",
     "list_guests",
+    "load",
     "log",
     "perform",
     "prepare",
@@ -33,6 +38,7 @@ __all__ = [
     "recover",
     "run",
     "runs",
+    "save",
     "show",
     "worst",
 ]

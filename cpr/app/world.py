@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpr.config import Config
+from cpr.errors import KexecFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from cpr.engines.base import Engine
     from cpr.errors import CprError
-    from cpr.model import Candidate, Guest, Host, Outcome, Plan, ProcessId, Rehearsal, Target
+    from cpr.model import Candidate, Guest, Host, NextKernel, Outcome, Plan, ProcessId, Rehearsal, Target
 
 DEFAULTS = Config()
 
@@ -28,6 +31,10 @@ class Handle(Protocol):
 
     def interrupt(self, code: int = ...) -> None:
         """Undo, if the commit is not sent yet."""
+
+
+def _no_kexec(*_: Any) -> Any:
+    raise KexecFailed("there is no kexec here")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +53,25 @@ class World:
     new_run_id: Callable[[], str]
     claimed: Callable[[ProcessId], CprError | None]
     """Another run that works on the guest, was interrupted and left it, or left a journal that cannot be read."""
+    reboot_facts: Callable[[Guest], Guest] = lambda guest: guest
+    next_kernel: Callable[..., NextKernel] = _no_kexec
+    """(state directory, keywords of reboot.facts.next_kernel)"""
+    guard: Callable[[str], AbstractContextManager[Any]] = lambda path: nullcontext()
+    """A process that brings the guests of the manifest at this path to an end, if we die within the context."""
+    load_kernel: Callable[[NextKernel], str] = _no_kexec
+    unload_kernel: Callable[[], None] = _no_kexec
+    jump: Callable[[], None] = _no_kexec
+    """Into the loaded kernel. Unless it raises, this boot has ended, or soon will."""
 
 
 def real_world() -> World:
     """This machine. Imported here, so that `cpr --help` need not."""
     from cpr import discover, journal, keeper, survey
+    from cpr.app import guardian
     from cpr.engines import ENGINES
+    from cpr.linux import kexec
     from cpr.qemu import features, rehearsal
+    from cpr.reboot import facts
     from cpr.run import Bounds
 
     def start(plan: Plan, run_id: str, timeout: float, max_downtime: float) -> Handle:
@@ -70,6 +89,12 @@ def real_world() -> World:
         engines=ENGINES,
         new_run_id=journal.new_run_id,
         claimed=keeper.claimed,
+        reboot_facts=facts.with_reboot_facts,
+        next_kernel=lambda directory, **named: facts.next_kernel(state_directory=directory, **named),
+        guard=guardian.guard,
+        load_kernel=lambda kernel: kexec.load(kernel.image, kernel.initrd, kernel.command_line),
+        unload_kernel=kexec.unload,
+        jump=lambda: kexec.jump(systemd=kexec.systemd_runs()),
     )
 
 

@@ -13,7 +13,7 @@ from cpr.progress import milliseconds
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cpr.app import Examined, Modes, Prepared, Update
+    from cpr.app import Examined, Modes, Prepared, Saved, Update
     from cpr.journal import Record
     from cpr.model import Binary, Guest, Outcome, Plan
 
@@ -222,6 +222,15 @@ def update_lines(update: Update) -> list[str]:
         lines += [f"  hint: {one.hint}"] if one.hint else []
         lines += [f"  {text}" for text in one.notes]
     return lines or ["nothing to do"]
+
+
+def saved_line(it: Saved) -> str:
+    """`cpr save`."""
+    guest = it.guest
+    assert guest is not None
+    ram = some([r.path for r in guest.ram])
+    state = size(guest.state.size) if guest.state else "?"
+    return f"{guest.label}: saved to {it.path} ({state}), its RAM stays in {ram}; cpr load {it.path} goes on"
 
 
 def run_row(record: Record) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from cpr.checks.registry import blockers
 from cpr.cli.output import error_json
 
 if TYPE_CHECKING:
-    from cpr.app import Examined, Modes, Prepared, Started, Update
+    from cpr.app import Examined, Modes, Prepared, Saved, Started, Update
     from cpr.journal import Record
     from cpr.model import Binary, Outcome, Plan, RamBlock
 
@@ -158,6 +158,26 @@ def started(it: Started) -> dict[str, Any]:
         "log": it.log,
         "argv": list(it.argv),
         "notes": list(it.notes),
+    }
+
+
+def saved(it: Saved) -> dict[str, Any]:
+    """`cpr save --json`."""
+    guest, manifest = it.guest, it.manifest
+    assert guest is not None
+    assert manifest is not None
+    return {
+        "status": "saved",
+        "exit_code": 0,
+        "mode": str(manifest.mode),
+        "guest": {"name": guest.name, "uuid": guest.uuid, "pid_before": guest.pid, "runstate": guest.runstate},
+        "state": it.path,
+        "state_bytes": guest.state.size if guest.state else None,
+        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+        "binary_before": binary(guest.binary_before),
+        "binary_after": binary(guest.binary_after),
+        "total_seconds": round(it.seconds, 4),
+        "findings": [f.json() for f in it.examined.findings],
     }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cpr.cli import guests, journals, start, update
+from cpr.cli import guests, journals, saved, start, update
 from cpr.cli.output import Ended, Output, use_color
 from cpr.errors import UNTOUCHED, CprError, Exit, Interrupted, UsageError
 
@@ -31,6 +31,8 @@ app.command("check")(guests.check_command)
 app.command("info")(guests.info_command)
 app.command("update")(update.update_command)
 app.command("run", context_settings={"allow_interspersed_args": False})(start.run_command)
+app.command("save")(saved.save_command)
+app.command("load")(saved.load_command)
 app.command("recover")(journals.recover_command)
 app.command("runs")(journals.runs_command)
 app.command("log")(journals.log_command)

@@ -159,7 +159,8 @@ class RehearseState(Step):
         if not self.guest.monitor.path:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-                return stream.connection_of_old(run, listener)
+                assert run.old is not None
+                return stream.connection_of(run.old.pid, listener)
         return stream.our_end(run.monitor, "migrate")
 
     def _refusing(self, run: Run, parties: list[_Party], seen: int | None = None) -> _Party | None:

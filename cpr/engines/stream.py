@@ -69,21 +69,21 @@ def begin(run: Run) -> None:
         run.monitor.execute("migrate", uri=f"fd:{NAME}")
         return
     run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-    with connection_of_old(run, listener) as connection:
+    assert run.old is not None
+    with connection_of(run.old.pid, listener) as connection:
         run.successor.send_fd(NAME, connection.fileno())
     run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
 
 
-def connection_of_old(run: Run, listener: socket.socket) -> socket.socket:
-    """The connection that the old QEMU makes; others, anybody's on this host, are hung up on."""
-    assert run.old is not None
+def connection_of(pid: int, listener: socket.socket) -> socket.socket:
+    """The connection that the old QEMU (`pid`) makes; others, anybody's on this host, are hung up on."""
     deadline = time.monotonic() + ACCEPT_SECONDS
     while (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
         with contextlib.suppress(TimeoutError):
             connection, peer = listener.accept()
-            theirs = clients.socket_numbers(run.old.pid)
-            if any(tcp.local == peer and tcp.inode in theirs for tcp in proc.read_net_tcp(run.old.pid)):
+            theirs = clients.socket_numbers(pid)
+            if any(tcp.local == peer and tcp.inode in theirs for tcp in proc.read_net_tcp(pid)):
                 return connection
             connection.close()
     raise StepFailed("move the device state", f"the old QEMU did not connect within {ACCEPT_SECONDS:g} s")

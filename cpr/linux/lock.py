@@ -77,6 +77,11 @@ def process_lock(
         LockHeld: somebody has it. PermissionError: not ours to lock, or a planted file. OSError.
     """
     path = os.path.join(directory, "locks", f"{pid}-{start_time}")
+    return file_lock(path, boot_id=boot_id, owner_uid=owner_uid, holder=holder)
+
+
+def file_lock(path: str, *, boot_id: str, owner_uid: int, holder: Mapping[str, Any]) -> ProcessLock:
+    """As `process_lock`, of a file of its own, which is made and at the end removed."""
     record = {"pid": os.getpid(), "boot_id": boot_id, "since": time.time(), **holder}
     for _ in range(_TRIES):
         fd = _open(path, owner_uid)

@@ -11,6 +11,8 @@ each. Nothing in it is trusted that somebody else could have written.
 A release that adds a field stays at version 1: readers pass over what they do not know. One that changes the meaning of
 a field does not.
 
+A guest that is saved by hand has a manifest of its own beside its state: FILE and FILE.manifest.
+
 Out of scope: what is done with it.
 """
 
@@ -21,14 +23,14 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from cpr.errors import ManifestError, NotFound
 from cpr.linux.appendfile import sync_directory
 from cpr.linux.traits import Likeness
-from cpr.model import Binary, MonitorAddress, Storage
+from cpr.model import Binary, Guest, MonitorAddress, ProcessId, Storage
 from cpr.reboot import codec, stamp
 from cpr.reboot.files import Disk, StateFile
 from cpr.reboot.stamp import Stamp
@@ -66,10 +68,41 @@ class VfioDevice:
 
 
 class Result(StrEnum):
+    """Only an `OPEN` guest's state may be loaded: of the others the RAM has moved on, or may have."""
+
     OPEN = "open"
+    LOADED = "loaded"
+    """A new QEMU has the state and may have been told to go on."""
     RESTORED = "restored"
+    CONTINUED = "continued"
+    """It goes on in the QEMU that it was saved from."""
     GIVEN_UP = "given_up"
     """By a person, by name."""
+
+
+class Phase(StrEnum):
+    """How far a reboot has come; written before it is begun."""
+
+    SAVING = "saving"
+    """Guests may stand still; none has ended."""
+    SAVED = "saved"
+    """Every state is sealed; the old QEMUs stand still with it."""
+    COMMITTED = "committed"
+    """The old QEMUs are being ended."""
+    JUMPING = "jumping"
+    """They are gone, and the next kernel is being jumped into."""
+    UNDOING = "undoing"
+    """The guests go on in their old QEMUs: no state may be loaded any more."""
+    UNDONE = "undone"
+
+
+class Mode(StrEnum):
+    """What the RAM has to outlive."""
+
+    RESTART = "restart"
+    """Its process."""
+    REBOOT = "reboot"
+    """The kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +114,8 @@ class Restore:
     time: float = 0.0
     """Seconds since the epoch; 0: not tried yet."""
     pid: int = 0
+    start_time: int = 0
+    """Of the new QEMU, clock ticks since boot."""
     tries: int = 0
 
 
@@ -100,7 +135,8 @@ class SavedGuest:
     runstate: str
     """Before the save."""
     ram: tuple[SavedRam, ...]
-    state: StateFile
+    state: StateFile | None
+    """None until it is sealed."""
     disks: tuple[Disk, ...]
     binary_before: Binary
     pinned_binary: str
@@ -115,7 +151,23 @@ class SavedGuest:
     unit: str = ""
     """The systemd unit that it ran in."""
     pidfile: str = ""
+    guest: Guest | None = None
+    """All that was known of it, from which the command line of the new QEMU is made."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What no command line says (engines.settings.Settings), to be put back."""
+    stopped_at: float | None = None
+    """When it was stopped, by QEMU's own event, in seconds since the epoch."""
+    suspended: bool = False
+    """It was put to sleep for the save and is to be woken up."""
+    data_directories: tuple[str, ...] = ()
+    module_directory: str = ""
+    """Where the old QEMU has its firmware and modules: from another place its copy would not find them."""
     restore: Restore = Restore()
+
+    @property
+    def process(self) -> ProcessId:
+        """The QEMU that was saved."""
+        return ProcessId(self.pid, self.likeness.start_time)
 
     @property
     def label(self) -> str:
@@ -136,6 +188,8 @@ class Manifest:
     time: float
     """When they were saved, in seconds since the epoch."""
     guests: tuple[SavedGuest, ...]
+    phase: Phase = Phase.COMMITTED
+    mode: Mode = Mode.REBOOT
 
     @property
     def open(self) -> tuple[SavedGuest, ...]:
@@ -147,9 +201,13 @@ def with_restore(manifest: Manifest, pid: int, restore: Restore) -> Manifest:
     """What became of the guest that had `pid`. Raises NotFound."""
     if pid not in {g.pid for g in manifest.guests}:
         raise NotFound(f"no guest of pid {pid} in the manifest of run {manifest.run}")
-    return replace(
-        manifest, guests=tuple(replace(g, restore=restore) if g.pid == pid else g for g in manifest.guests)
-    )
+    return with_guests(manifest, *(replace(g, restore=restore) for g in manifest.guests if g.pid == pid))
+
+
+def with_guests(manifest: Manifest, *guests: SavedGuest) -> Manifest:
+    """With these in the place of those that had their pids."""
+    changed = {g.pid: g for g in guests}
+    return replace(manifest, guests=tuple(changed.get(g.pid, g) for g in manifest.guests))
 
 
 # -- as text
@@ -216,8 +274,12 @@ def write(directory: str, manifest: Manifest) -> str:
         ManifestError: the directory is not ours alone. OSError: what was there before still is.
     """
     make_directory(directory)
+    return write_file(os.path.join(directory, NAME), manifest)
+
+
+def write_file(path: str, manifest: Manifest) -> str:
+    """As `write`, to a file. OSError: what was there before still is."""
     data = encode(manifest)
-    path = os.path.join(directory, NAME)
     new = f"{path}.{os.getpid()}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)
@@ -243,7 +305,12 @@ def read(directory: str) -> Manifest:
         NotFound: there is none. ManifestError: it, or its directory, is not root's or ours, is writable by others, or
             it is damaged, or of another version.
     """
-    path = os.path.join(directory, NAME)
+    return read_file(os.path.join(directory, NAME))
+
+
+def read_file(path: str) -> Manifest:
+    """As `read`, of a file."""
+    directory = os.path.dirname(os.path.abspath(path))
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -268,7 +335,8 @@ def _trusted(path: str, status: os.stat_result, kind: Any) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if not kind(status.st_mode):
         raise ManifestError(f"{path} is not what it should be", hint="see who put it there")
-    if status.st_uid not in (0, os.geteuid()) or mode & 0o022:
+    sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX  # others cannot put a file in the place of ours
+    if status.st_uid not in (0, os.geteuid()) or (mode & 0o022 and not sticky):
         why = f"its owner is uid {status.st_uid}, its mode {mode:04o}"
         raise ManifestError(f"{path} could have been written by others ({why})", hint="see who put it there")
 

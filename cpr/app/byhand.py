@@ -1,0 +1,208 @@
+"""One guest saved to a file, or loaded from one, by hand and without a jump: `cpr save` and `cpr load`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpr.app import bringback, savable
+from cpr.app.examine import Examined, Examiner
+from cpr.app.world import Choices, World, real_world
+from cpr.errors import AS_BEFORE, Busy, CprError, Exit, Interrupted, NotFound, UsageError
+from cpr.journal import run_directory
+from cpr.linux import proc
+from cpr.linux.lock import LockHeld, make_run_directory, process_lock
+from cpr.reboot import manifest as manifests
+from cpr.reboot import store
+from cpr.reboot.manifest import Manifest, Mode, Phase
+from cpr.reboot.saving import Saver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cpr.app.bringback import Back
+    from cpr.model import Guest, NextKernel
+    from cpr.reboot.goingon import WentOn
+    from cpr.reboot.manifest import SavedGuest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What came of `save`: where there is no manifest the guest was refused and not touched."""
+
+    examined: Examined
+    path: str
+    manifest: Manifest | None = None
+    seconds: float = 0.0
+    """From its stop to its end."""
+
+    @property
+    def guest(self) -> SavedGuest | None:
+        return self.manifest.guests[0] if self.manifest is not None else None
+
+
+class SaveFailed(CprError):
+    """It could not be saved; `where` says where the guest is."""
+
+    code = Exit.ROLLED_BACK
+    where = AS_BEFORE
+
+
+def save(
+    name: str,
+    path: str,
+    mode: Mode,
+    choices: Choices,
+    *,
+    interrupted: Callable[[], Exit | None] = lambda: None,
+    world: World | None = None,
+) -> Saved:
+    """Save one guest to `path`, with a manifest and a copy of its QEMU beside it, and end it. All or nothing.
+
+    Raises:
+        UsageError: there is something at `path` already. SaveFailed: it runs on. CprError, OSError: not touched.
+    """
+    world = world or real_world()
+    path = os.path.abspath(path)
+    for there in (path, path + store.MANIFEST_SUFFIX, path + store.OLD_SUFFIX):
+        if os.path.lexists(there):
+            raise UsageError(f"{there} is there already", hint="name another file, or load what is saved there")
+    candidate = world.find(name)
+    kexec = world.next_kernel(os.path.dirname(path))
+    passed_over = savable.OF_THE_JUMP | (savable.OF_THE_BOOT if mode is Mode.RESTART else frozenset())
+    examined = savable.examine(Examiner(world=world, choices=choices), candidate, kexec, passed_over=passed_over)
+    if examined.error is not None or examined.guest is None:
+        return Saved(examined=examined, path=path)
+
+    def attend() -> None:
+        code = interrupted()
+        if code is not None:
+            raise Interrupted("interrupted", where=AS_BEFORE)
+
+    manifest_path = path + store.MANIFEST_SUFFIX
+    with locked(examined.guest, "save"), store.hold(manifest_path, "save"), contextlib.ExitStack() as held:
+        began = time.monotonic()
+        try:
+            pinned = store.pin(examined.guest.process.pid, path + store.OLD_SUFFIX)
+            saver = Saver(examined.guest, path, target=examined.target, pinned=pinned, attend=attend)
+            manifest = _manifest(saver.prepare(), kexec, mode)
+            manifests.write_file(manifest_path, manifest)
+            held.enter_context(world.guard(manifest_path))
+        except BaseException:
+            _remove_all(path)
+            raise
+        try:
+            if manifest.guests[0].vfio:
+                saver.suspend()
+            saver.save()
+            manifest = manifests.with_guests(manifest, saver.seal())
+            manifests.write_file(manifest_path, _at(manifest, Phase.SAVED))
+            manifest = _at(manifest, Phase.COMMITTED)
+            manifests.write_file(manifest_path, manifest)
+        except BaseException as error:
+            _undone(saver.undo(), error, path)
+        saver.quit()
+        return Saved(examined=examined, path=path, manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _undone(went: WentOn, error: BaseException, path: str) -> None:
+    """Raises what is to be said of it."""
+    if went.well:
+        _remove_all(path)
+    words = error.message if isinstance(error, CprError) else str(error) or type(error).__name__
+    failed = f"; {'; '.join(went.failed)}" if went.failed else ""
+    if isinstance(error, Interrupted) and went.well:
+        raise Interrupted(f"interrupted{failed}", where=went.where)
+    if not isinstance(error, (CprError, OSError)):
+        raise error
+    failure = SaveFailed(f"it was not saved: {words}{failed}", where=went.where)
+    failure.hint = error.hint if isinstance(error, CprError) else ""
+    if not went.well:
+        raise NeedsAttention(failure.message, where=went.where, hint=f"cpr recover {path}{store.MANIFEST_SUFFIX}")
+    raise failure
+
+
+class NeedsAttention(CprError):
+    """A guest stands still."""
+
+    code = Exit.NEEDS_ATTENTION
+
+
+def _remove_all(path: str) -> None:
+    """What belongs to a guest that runs on: nobody may load it."""
+    for name in (path + store.MANIFEST_SUFFIX, path):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+    directory = path + store.OLD_SUFFIX
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+
+
+def _manifest(guest: SavedGuest, kexec: NextKernel, mode: Mode) -> Manifest:
+    return Manifest(
+        run=f"save-{guest.pid}-{int(time.time())}",
+        boot_id=proc.boot_id(),
+        release_before=os.uname().release,
+        release="",
+        command_line=kexec.command_line,
+        time=time.time(),
+        guests=(guest,),
+        phase=Phase.SAVING,
+        mode=mode,
+    )
+
+
+def _at(manifest: Manifest, phase: Phase) -> Manifest:
+    from dataclasses import replace
+
+    return replace(manifest, phase=phase)
+
+
+@contextlib.contextmanager
+def locked(guest: Guest, command: str) -> Iterator[None]:
+    """Nobody else of ours works on the guest. Raises Busy, OSError."""
+    directory = run_directory()
+    make_run_directory(directory)
+    process = guest.process
+    try:
+        with process_lock(
+            directory,
+            process.pid,
+            process.start_time,
+            boot_id=proc.boot_id(),
+            owner_uid=guest.uid,
+            holder={"run": command, "command": command},
+        ):
+            yield
+    except LockHeld as held:
+        who = f"run {held.holder.get('run', '?')} (pid {held.holder.get('pid', '?')})"
+        raise Busy(f"{who} is working on {guest.label}", held.holder, hint="wait for it") from None
+
+
+def load(path: str, *, qemu: str = "", world: World | None = None) -> Back:
+    """Load the guest that was saved to `path`. `qemu`: a path, `old` for the copy of the one it was saved from.
+
+    Raises:
+        NotFound: no manifest is beside it. NotRestorable: it is not what it was. NotRestored: QEMU does not take it.
+        Busy: somebody else loads it.
+    """
+    world = world or real_world()
+    path = os.path.abspath(path)
+    manifest_path = path if path.endswith(store.MANIFEST_SUFFIX) else path + store.MANIFEST_SUFFIX
+    if not os.path.lexists(manifest_path):
+        raise NotFound(f"no guest is saved in {path}: there is no {manifest_path}", hint="cpr save makes both")
+    with store.hold(manifest_path, "load"):
+        manifest = manifests.read_file(manifest_path)
+        if manifest.phase is not Phase.COMMITTED and manifest.boot_id == proc.boot_id():
+            raise CprError(
+                f"{path}: its save was not brought to an end ({manifest.phase})", hint=f"cpr recover {manifest_path}"
+            )
+        (back,) = bringback.bring_back(manifest_path, manifest, manifest.guests, qemu=qemu, world=world)
+        if back.error is not None:
+            raise back.error
+        return back

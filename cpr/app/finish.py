@@ -1,0 +1,208 @@
+"""Finishing or undoing a save that was interrupted, in the boot that it was begun in, by what its manifest says.
+
+    a guest whose old QEMU lives                 goes on in it; that its state is void is written down before
+    one that has ended, and was saved            is restored, in the copy of the old QEMU
+    one whose state was loaded already           is told to go on
+    one that has ended, and was not saved        is lost, and said so
+
+After a boot it is `cpr restore` that goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cpr.app import bringback
+from cpr.app.examine import in_parallel
+from cpr.errors import AS_BEFORE, NEEDS_YOU, RUNS_NEW, Busy, CprError, Exit
+from cpr.linux import proc
+from cpr.linux.process import open_process
+from cpr.model import Outcome, ProcessId, Runstate, Status
+from cpr.qemu import qmp
+from cpr.reboot import manifest as manifests
+from cpr.reboot import store
+from cpr.reboot.goingon import go_on
+from cpr.reboot.manifest import Phase, Restore, Result
+
+if TYPE_CHECKING:
+    from cpr.app.world import World
+    from cpr.linux.lock import ProcessLock
+    from cpr.reboot.manifest import Manifest, SavedGuest
+
+JOBS = 16
+MONITOR_SECONDS = 10.0
+
+
+def watched(path: str) -> bool:
+    """Whether a guardian has anything to do: not once the jump has begun, nor where all is over."""
+    manifest = manifests.read_file(path)
+    return manifest.phase not in (Phase.JUMPING, Phase.UNDONE) and manifest.boot_id == proc.boot_id()
+
+
+def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, ...]:
+    """Bring every guest of the manifest at `path` to where it runs; what became of each. Safe to repeat.
+
+    `patience`: seconds that whoever holds the manifest is waited for.
+
+    Raises:
+        Busy: somebody works on it. NotFound, ManifestError, OSError.
+    """
+    with _held(path, patience):
+        manifest = manifests.read_file(path)
+        if manifest.boot_id != proc.boot_id() or manifest.phase is Phase.UNDONE:
+            return ()
+        if manifest.release:
+            with contextlib.suppress(CprError):
+                world.unload_kernel()
+        alive = {g.pid for g in manifest.guests if _lives(g.process)}
+        going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
+        manifest = _void(path, manifest, going)
+        outcomes = list(in_parallel(_continue, going, JOBS))
+        ended = [g for g in manifest.open if g.pid not in alive]
+        if manifest.release:  # by hand it was to end, and may be loaded when somebody wants it
+            sealed = tuple(g for g in ended if g.state is not None)
+            backs = bringback.bring_back(path, manifest, sealed, qemu=_qemu(sealed), world=world)
+            outcomes += [_came_back(back) for back in backs]
+            manifest = manifests.read_file(path)
+        outcomes += [_lost(g) for g in ended if g.state is None]
+        outcomes += [_loaded(path, g) for g in manifest.guests if g.restore.result is Result.LOADED]
+        if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes) and not _left(manifest):
+            manifests.write_file(path, replace(manifests.read_file(path), phase=Phase.UNDONE))
+            store.clean(path, manifest)
+        return tuple(outcomes)
+
+
+def _left(manifest: Manifest) -> bool:
+    """Guests that are saved and wait for somebody."""
+    return any(g.state is not None for g in manifest.open)
+
+
+def _held(path: str, patience: float) -> ProcessLock:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return store.hold(path, "recover")
+        except Busy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def _lives(process: ProcessId) -> bool:
+    with contextlib.suppress(OSError), open_process(process.pid, process.start_time) as it:
+        return it.alive()
+    return False
+
+
+def _void(path: str, manifest: Manifest, going: list[SavedGuest]) -> Manifest:
+    """Their states may not be loaded any more, from before the first of them runs."""
+    if not going:
+        return manifest
+    gone_on = [replace(g, restore=replace(g.restore, result=Result.CONTINUED, time=time.time())) for g in going]
+    manifest = manifests.with_guests(manifest, *gone_on)
+    if manifest.phase in (Phase.SAVING, Phase.SAVED):
+        manifest = replace(manifest, phase=Phase.UNDOING)
+    manifests.write_file(path, manifest)
+    return manifest
+
+
+def _continue(saved: SavedGuest) -> Outcome:
+    """It goes on in its old QEMU."""
+    assert saved.guest is not None
+    assert saved.monitor is not None
+    try:
+        with qmp.connect(saved.monitor, saved.pid, timeout=MONITOR_SECONDS) as monitor:
+            went = go_on(saved.guest, monitor, suspended=saved.suspended)
+    except CprError as error:
+        return _needs(saved, f"its old QEMU (pid {saved.pid}) could not be told to go on", error.message)
+    if not went.well:
+        return _needs(saved, went.where.removeprefix(f"{NEEDS_YOU}: "), "; ".join(went.failed))
+    return Outcome(
+        guest=saved.label,
+        uuid=saved.uuid,
+        status=Status.ROLLED_BACK,
+        exit_code=int(Exit.ROLLED_BACK),
+        where=went.where,
+        engine="reboot",
+        pid_before=saved.pid,
+        pid_after=saved.pid,
+        runstate=went.runstate,
+        binary_before=saved.binary_before,
+        binary_after=saved.binary_before,
+        error="; ".join(went.failed),
+        notes=("finished by recover",),
+    )
+
+
+def _needs(saved: SavedGuest, where: str, error: str) -> Outcome:
+    return Outcome(
+        guest=saved.label,
+        uuid=saved.uuid,
+        status=Status.NEEDS_ATTENTION,
+        exit_code=int(Exit.NEEDS_ATTENTION),
+        where=f"{NEEDS_YOU}: {where}",
+        engine="reboot",
+        pid_before=saved.pid,
+        binary_before=saved.binary_before,
+        error=error,
+        hint="cpr recover tries again",
+    )
+
+
+def _lost(saved: SavedGuest) -> Outcome:
+    where = "its QEMU has ended by itself before it was saved"
+    return replace(_needs(saved, where, ""), hint="look at the guest's own log, and start it afresh")
+
+
+def _qemu(sealed: tuple[SavedGuest, ...]) -> str:
+    return bringback.OLD if sealed and all(g.pinned_binary for g in sealed) else ""
+
+
+def _came_back(back: bringback.Back) -> Outcome:
+    """Restored in the boot that it was saved in: as before, but for its pid."""
+    outcome = back.outcome()
+    if back.restored is None:
+        return outcome
+    return replace(outcome, status=Status.ROLLED_BACK, exit_code=int(Exit.ROLLED_BACK), where=AS_BEFORE)
+
+
+def _loaded(path: str, saved: SavedGuest) -> Outcome:
+    """Its new QEMU has the state, and may not have been told to go on."""
+    new = ProcessId(saved.restore.pid, saved.restore.start_time)
+    if not _lives(new):
+        where = f"the QEMU that had loaded its state (pid {new.pid}) has ended: its RAM may have moved on"
+        return replace(_needs(saved, where, ""), hint="it cannot be loaded again; start it afresh")
+    assert saved.monitor is not None
+    try:
+        with qmp.connect(saved.monitor, new.pid, timeout=MONITOR_SECONDS) as monitor:
+            status = str(monitor.execute("query-status")["status"])
+            if saved.runstate == Runstate.RUNNING and status in (Runstate.PAUSED, Runstate.PRELAUNCH):
+                monitor.execute("cont")
+                status = str(monitor.execute("query-status")["status"])
+    except CprError as error:
+        return _needs(saved, f"its new QEMU (pid {new.pid}) could not be told to go on", error.message)
+    manifest = manifests.read_file(path)
+    before = next(g.restore for g in manifest.guests if g.pid == saved.pid)
+    manifests.write_file(
+        path, manifests.with_restore(manifest, saved.pid, _restored(before))
+    )
+    return Outcome(
+        guest=saved.label,
+        uuid=saved.uuid,
+        status=Status.UPDATED,
+        exit_code=int(Exit.OK),
+        where=RUNS_NEW,
+        engine="reboot",
+        pid_before=saved.pid,
+        pid_after=new.pid,
+        runstate=status,
+        binary_before=saved.binary_before,
+        notes=("finished by recover",),
+    )
+
+
+def _restored(before: Restore) -> Restore:
+    return replace(before, result=Result.RESTORED, time=time.time())

@@ -1,0 +1,70 @@
+"""Commands about guests that are saved for a reboot, or by hand: save, load, restore."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cpr.cli.choose import choices
+from cpr.cli.options import Guest, Ignore, Json, Qemu
+from cpr.cli.output import Output, finding_lines, say, tell
+from cpr.errors import Exit, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from cpr.app import Saved
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="Of the state; FILE.manifest lies beside it.")]
+Mode = Annotated[
+    str, typer.Option("--mode", metavar="restart|reboot", help="What the RAM has to outlive: its QEMU, or the host.")
+]
+LoadQemu = Annotated[
+    str, typer.Option("--qemu", metavar="PATH|old", help="The QEMU to load it; old: the one it was saved from.")
+]
+
+
+def save_command(
+    guest: Guest, file: File, *, mode: Mode, qemu: Qemu = "", ignore: Ignore = None, json: Json = False
+) -> int:
+    """Save a guest to FILE and end it; its RAM stays where it is. `cpr load FILE` goes on."""
+    from cpr import app
+    from cpr.cli import describe, documents
+    from cpr.cli.update import signals
+
+    if mode not in ("restart", "reboot"):
+        raise UsageError(f"--mode {mode}: restart or reboot")
+    output, chosen = Output(json, "save"), choices(qemu=qemu, ignore=ignore)
+    with signals() as stop:
+        stop.working = True
+        try:
+            saved = app.save(guest, file, app.SaveMode(mode), chosen, interrupted=stop.requested)
+        except Interrupted as error:
+            return output.failed(error, stop.requested())
+    if saved.guest is None:
+        return _refused(saved, output)
+    if json:
+        output.document(**documents.saved(saved))
+    else:
+        say(describe.saved_line(saved))
+    return Exit.OK
+
+
+def _refused(saved: Saved, output: Output) -> int:
+    assert saved.examined.error is not None
+    if not output.json:
+        for line in finding_lines(saved.examined.findings):
+            tell(line)
+    return output.failed(saved.examined.error, saved.examined.exit_code)
+
+
+def load_command(file: File, qemu: LoadQemu = "", json: Json = False) -> int:
+    """Go on with a guest that was saved to FILE."""
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    outcome = app.load(file, qemu=qemu).outcome()
+    if json:
+        Output(json, "load").document(guest=documents.outcome(outcome))
+    else:
+        say("\n".join(describe.update_lines(app.Update(run_id="", outcomes=(outcome,)))))
+    return outcome.exit_code

@@ -1,0 +1,325 @@
+"""Bringing one saved guest back: a new QEMU over the RAM that stayed, and the state loaded into it.
+
+    verify ─► bind vfio ─► start in the likeness ─► it maps the very RAM ─► load ─► it is written down ─► go on
+
+Until it is written down nothing of the guest has run, and a failure costs nothing but the new QEMU, which is killed.
+From then on its state is never loaded again.
+
+Out of scope: several guests, and what is said about them (app/reboot.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cpr.engines import stream
+from cpr.engines.prepare import last_words, shared_files
+from cpr.engines.settings import Settings, put_back
+from cpr.errors import CprError, Exit, MonitorError, StepFailed
+from cpr.linux import cgroup, likeness, pci, proc
+from cpr.linux.fds import Fd
+from cpr.linux.process import Process
+from cpr.model import Runstate
+from cpr.qemu import migration, qmp
+from cpr.qemu.agent import Agent
+from cpr.reboot.afresh import afresh
+from cpr.reboot.goingon import restore_mode, wake
+from cpr.reboot.saving import CPR_REBOOT, has_mode
+from cpr.reboot.verifying import NotRestorable, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpr.model import Guest, Target
+    from cpr.qemu.qmp import Monitor
+    from cpr.reboot.afresh import Afresh
+    from cpr.reboot.manifest import Manifest, SavedGuest
+
+START_SECONDS = 60.0
+LOAD_SECONDS = 120.0
+RESUME_SECONDS = 5.0
+PROGRAM_NUMBER = 9
+"""Descriptor by which a copy of the old QEMU is executed: its directory is ours alone, and it may be another user's."""
+
+
+class NotRestored(CprError):
+    """The new QEMU did not take the guest, and is gone."""
+
+    code = Exit.NEEDS_ATTENTION
+    where = "saved: it runs nowhere, its RAM and state are as they were"
+
+
+@dataclass(slots=True)
+class Restored:
+    """A guest that is back."""
+
+    pid: int
+    start_time: int
+    runstate: str
+    resumed_at: float | None
+    """Of QEMU's own event, in seconds since the epoch; None where it was left standing."""
+    notes: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The QEMU to start: what it knows, and whether it is the copy of the old one, executed by descriptor."""
+
+    target: Target
+    copy: bool = False
+
+
+def restore(
+    saved: SavedGuest,
+    manifest: Manifest,
+    program: Program,
+    *,
+    log: str,
+    loaded: Callable[[int, int], None],
+    attend: Callable[[], None] = lambda: None,
+) -> Restored:
+    """Bring it back, its output going to the file `log`.
+
+    `loaded` is told pid and start time of the new QEMU when it has the state, and writes down, before it returns, that
+    it may not be loaded again. `attend` is called while waiting until then, and may raise.
+
+    Raises:
+        NotRestorable: it is not what it was; nothing was started. NotRestored: the new QEMU does not take it.
+    """
+    verify(saved, manifest)
+    guest = saved.guest
+    if guest is None or saved.state is None:
+        raise NotRestorable(saved.label, ("the manifest has not all that is needed",))
+    made = afresh(guest, program.target)
+    if made.missing:
+        reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
+        raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
+    starting = _Starting(saved, guest, made, program, log, attend)
+    try:
+        starting.bind()
+        monitor = starting.start()
+        starting.same_ram()
+        starting.load(monitor)
+        attend()
+        loaded(starting.process.pid, starting.process.start_time)
+    except BaseException as error:
+        starting.kill()
+        if isinstance(error, (CprError, OSError)):
+            raise _as_not_restored(saved, error, log) from None
+        raise
+    return starting.go_on(monitor, had_rebooted=manifest.boot_id != proc.boot_id())
+
+
+def _as_not_restored(saved: SavedGuest, error: CprError | OSError, log: str) -> NotRestored:
+    words = error.message if isinstance(error, CprError) else str(error)
+    hint = "cpr restore (or cpr load) tries again; with --qemu old, in the QEMU that it was saved from"
+    if os.path.exists(log):
+        hint += f"; QEMU's own words are in {log}"
+    return NotRestored(f"{saved.label} is not restored: {words}", hint=hint)
+
+
+class _Starting:
+    """A new QEMU on its way."""
+
+    def __init__(
+        self, saved: SavedGuest, guest: Guest, made: Afresh, program: Program, log: str, attend: Callable[[], None]
+    ) -> None:
+        self.saved = saved
+        self.guest = guest
+        self.made = made
+        self.program = program
+        self.log = log
+        self.attend = attend
+        self.notes = list(made.notes)
+        self._process: Process | None = None
+        self._said_before = 0
+
+    @property
+    def process(self) -> Process:
+        assert self._process is not None
+        return self._process
+
+    def bind(self) -> None:
+        """Passed-through devices belong to the host's drivers after a boot."""
+        for device in self.saved.vfio:
+            try:
+                pci.bind(device.address, device.driver)
+            except OSError as error:
+                raise StepFailed(f"bind {device.address} to {device.driver}", str(error)) from None
+
+    def start(self) -> Monitor:
+        ours, theirs = socket.socketpair()
+        descriptors: dict[int, int | Fd] = {self.made.control_number: theirs.fileno()}
+        binary = self.program.target.binary
+        executable: tuple[str, tuple[int, int] | None] = (binary.path, binary.identity)
+        argv, environ = list(self.made.argv), list(self.made.environ)
+        with contextlib.ExitStack() as held:
+            held.callback(theirs.close)
+            log = held.enter_context(_log(self.log))
+            self._said_before = os.fstat(log.number).st_size
+            if self.program.copy:
+                descriptors[PROGRAM_NUMBER] = held.enter_context(Fd(os.open(binary.path, os.O_RDONLY | os.O_CLOEXEC)))
+                executable = (f"/proc/self/fd/{PROGRAM_NUMBER}", None)
+                argv += [word for path in self.saved.data_directories for word in ("-L", path)]
+                if self.saved.module_directory:
+                    environ.append(("QEMU_MODULE_DIR", self.saved.module_directory))
+            like, unmet = like_now(self.saved)
+            try:
+                launched = likeness.launch(
+                    like,
+                    argv=argv,
+                    environ=environ,
+                    executable=executable,
+                    descriptors=descriptors,
+                    stdout=log,
+                    stderr=log,
+                )
+            except OSError as error:
+                ours.close()
+                raise StepFailed("start the new QEMU", str(error)) from None
+        self._process = Process.of(launched)
+        self.notes += [*unmet, *launched.unmet]
+        return self._greet(ours)
+
+    def _greet(self, control: socket.socket) -> Monitor:
+        waiting = select.poll()
+        waiting.register(control, select.POLLIN)
+        waiting.register(self.process.pidfd.number, select.POLLIN)
+        end = time.monotonic() + START_SECONDS
+        while not (ready := {number for number, _ in waiting.poll(50)}):
+            self.attend()
+            if time.monotonic() > end:
+                raise StepFailed("start the new QEMU", f"it said nothing for {START_SECONDS:g} s")
+        if control.fileno() not in ready:
+            raise StepFailed("start the new QEMU", self._words() or "it ended without a word")
+        monitor = qmp.negotiate(control, "of the new QEMU", timeout=START_SECONDS, attend=self.attend)
+        status = monitor.execute("query-status")["status"]
+        if status not in (Runstate.INMIGRATE, Runstate.PRELAUNCH):
+            raise StepFailed("start the new QEMU", f"it is {status}, and does not wait for a state")
+        return monitor
+
+    def same_ram(self) -> None:
+        """It has mapped the very files and devices that were verified, shared."""
+        mapped = {inode for _, inode in shared_files(self.process.pid)}
+        for ram in self.saved.ram:
+            if os.stat(ram.path).st_ino not in mapped:
+                raise StepFailed("compare RAM", f"the new QEMU does not map the guest's RAM {ram.id} at {ram.path}")
+
+    def load(self, monitor: Monitor) -> None:
+        step = "load the state"
+        assert self.saved.state is not None
+        migration.prepare(monitor, migration.ONE_WAY)
+        if has_mode(monitor):
+            monitor.execute("migrate-set-parameters", mode=CPR_REBOOT)
+        seen = monitor.event_count
+        with open(self.saved.state.path, "rb") as file, stream.our_end(monitor, "migrate-incoming") as ours:
+            ours.settimeout(LOAD_SECONDS)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):  # it shows in what follows
+                while data := file.read(stream.CHUNK):
+                    ours.sendall(data)
+                    self.attend()
+                ours.shutdown(socket.SHUT_WR)
+            why = self._judge(monitor, seen)
+        if why:
+            raise StepFailed(step, why)
+
+    def _judge(self, monitor: Monitor, seen: int) -> str:
+        """"" if it has loaded the state; else why not, in QEMU's words. From 9.1 on it ends where it does not."""
+        end = time.monotonic() + LOAD_SECONDS
+        try:
+            while (status := monitor.execute("query-migrate").get("status", "")) not in migration.ENDED:
+                self.attend()
+                if time.monotonic() > end:
+                    return f"it is not loaded after {LOAD_SECONDS:g} s"
+                with contextlib.suppress(TimeoutError):
+                    monitor.wait_event({"MIGRATION"}, migration.ended, timeout=stream.SLICE, after=seen)
+        except MonitorError:
+            self.process.wait_dead(2.0)
+            return self._words() or "the new QEMU ended without a word"
+        if status == "completed":
+            return ""
+        words = migration.failure(monitor)
+        return self._words() or words or f"the migration is {status}"
+
+    def go_on(self, monitor: Monitor, *, had_rebooted: bool) -> Restored:
+        """From here on it is forward only: what fails is told, and no more."""
+        before = self.saved.runstate
+        result = Restored(self.process.pid, self.process.start_time, "", None, self.notes)
+        seen = monitor.event_count
+        try:
+            if self.saved.suspended:
+                result.runstate = wake(monitor)
+            elif before in (Runstate.RUNNING, Runstate.SUSPENDED):
+                monitor.execute("cont")
+            if before == Runstate.RUNNING:
+                with contextlib.suppress(TimeoutError):
+                    result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
+            result.runstate = str(monitor.execute("query-status")["status"])
+            result.differences += put_back(
+                monitor, Settings.from_json(self.saved.settings), old=self.saved.pid, new=self.process.pid
+            )
+            restore_mode(monitor, self.guest)
+        except CprError as error:
+            result.differences.append(error.message)
+        if not result.runstate or (before == Runstate.RUNNING) != (result.runstate == Runstate.RUNNING):
+            result.differences.append(f"it was {before}, and is {result.runstate or 'not to be asked'}")
+        if before == Runstate.RUNNING:
+            result.notes += set_time(self.saved, self.process.pid)
+        monitor.close()
+        self.process.close()
+        return result
+
+    def kill(self) -> None:
+        """Nothing of the guest has run in it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait_dead(15.0)
+            self._process.close()
+
+    def _words(self) -> str:
+        with contextlib.suppress(OSError), open(self.log, "rb") as file:
+            file.seek(self._said_before)
+            return last_words(file.read(65536).decode(errors="replace"))
+        return ""
+
+
+def _log(path: str) -> Fd:
+    return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+
+
+def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
+    """The likeness as it can be had now, and what is left out of it, in words.
+
+    Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
+    """
+    mounts = cgroup.own_mounts()
+    there, unmet = [], []
+    for entry in saved.likeness.cgroups:
+        place = cgroup.locate(entry, mounts)
+        if place is not None and os.path.isdir(place):
+            there.append(entry)
+        elif place is not None:
+            unmet.append(f"cgroup: {entry.path} is not there any more")
+    ours = proc.namespaces(os.getpid())
+    known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
+    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
+    return like, tuple(dict.fromkeys(unmet))
+
+
+def set_time(saved: SavedGuest, pid: int) -> list[str]:
+    """Set the guest's clock by its agent; what came of it, in words. Without one it is behind by the time it stood."""
+    if not saved.agent:
+        return ["its clock stood still while it was saved, and it has no guest agent by which it could be set"]
+    try:
+        with Agent(saved.agent, pid=pid) as agent:
+            agent.set_time(time.time())
+    except CprError as error:
+        return [f"its clock stood still while it was saved, and could not be set: {error.message}"]
+    return ["its clock was set by the guest agent"]
