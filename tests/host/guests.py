@@ -6,6 +6,7 @@ to listen there. For a guest whose network is watched too see ``inside.moves``.
 
 from __future__ import annotations
 
+import json
 import shlex
 import tempfile
 import time
@@ -110,6 +111,28 @@ class AnyGuest(Generic[L]):
         if said.code:
             raise LabError(f"{self.name}: nobody reads the console: {said}")
 
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """One command to its monitor, which nobody else may hold meanwhile; its return value.  Raises LabError."""
+        lines = (
+            "import json, socket, sys",
+            "monitor = socket.socket(socket.AF_UNIX)",
+            f"monitor.connect('{self.stem}.qmp')",
+            "file = monitor.makefile('rw')",
+            "file.readline()",
+            "call = lambda text: [file.write(text), file.flush()] and next(l for l in file if '\"event\"' not in l)",
+            "call('{\"execute\": \"qmp_capabilities\"}')",
+            "print(call(sys.stdin.read()))",
+        )
+        request = json.dumps({"execute": command, "arguments": arguments})
+        said = self.host.run(f"python3 -S -c {shlex.quote('; '.join(lines))}", 30, request.encode())
+        if said.code or "return" not in said.json:
+            raise LabError(f"{self.name}: {command}: {said}")
+        return said.json["return"]
+
+    def runstate(self) -> str:
+        """As its QEMU says."""
+        return str(self.qmp("query-status")["status"])
+
     def alive(self) -> bool:
         """The QEMU that was started, or the one that `pid` was set to, runs."""
         return self.host.run(f"kill -0 {self.pid}").code == 0
@@ -191,15 +214,19 @@ def start(
 
     unit: as the systemd service NAME.service.  Raises LabError if it does not come up.
     """
-    guest = Guest(host, name, 0, lies or Lies())
+    guest, likeness = Guest(host, name, 0, lies or Lies()), likeness or Likeness()
+    words = [*prepare_counting(guest, key, memory, likeness.uid), *network(host, name, likeness), *extra]
+    launch(guest, words, likeness, unit=unit)
+    counts(guest, "^c ", seconds, unit=unit)
+    return guest
+
+
+def prepare_counting(guest: Guest, key: str, memory: str, uid: int = 0) -> list[str]:
+    """Make the counting guest's disk, which belongs to `uid`; the words that start it."""
     with tempfile.TemporaryDirectory() as directory:
         disk = counting.disk(Path(directory, "disk"), hz=HZ, pace=counting.IDLE_PACE).read_bytes().rstrip(b"\0")
-    disks = counting.arguments(Path(f"{guest.stem}.disk"))
-    words = [*command(key, guest, memory), *network(host, name, likeness or Likeness()), *disks, *extra]
-    make_disk(guest, disk, counting.DISK_SIZE, likeness or Likeness())
-    launch(guest, words, likeness or Likeness(), unit)
-    counts(guest, "^c ", seconds, unit)
-    return guest
+    make_disk(guest, disk, counting.DISK_SIZE, uid)
+    return [*command(key, guest, memory), *counting.arguments(Path(f"{guest.stem}.disk"))]
 
 
 def start_linux(
@@ -209,33 +236,33 @@ def start_linux(
     name: str = "linux",
     memory: str = "192M",
     lies: Lies | None = None,
-    unit: bool = False,
-    extra: Sequence[str] = (),
+    words: Sequence[str] = (),
     seconds: float = 90,
 ) -> LinuxGuest:
-    """The same with the Linux guest, whose agent is at NAME.agent."""
+    """The same with the Linux guest, whose agent is at NAME.agent.  words: for its kernel's command line."""
     guest = LinuxGuest(host, name, 0, lies or Lies())
     address = guest.lies.nvme
-    boot = linux.obtain(agent=True).arguments(*(["cpr.disk=nvme0n1"] if address else []))
+    disk = ["cpr.disk=nvme0n1"] if address else []
+    boot = linux.obtain(agent=True).arguments(*disk, *words)
     device = ["-device", f"vfio-pci,host={address},id=nvme"] if address else []
     drive = ["-drive", f"file={guest.stem}.disk,format=raw,if=virtio"]
     sleeps = ["-global", "ICH9-LPC.disable_s3=0", *linux.agent_arguments(Path(f"{guest.stem}.agent"))]
-    words = [*command(key, guest, memory), *boot, *(device or drive), *sleeps, *extra]
-    make_disk(guest, b"", DISK_BYTES, Likeness())
-    launch(guest, words, Likeness(), unit)
-    counts(guest, "^tick ", seconds, unit)
+    line = [*command(key, guest, memory), *boot, *(device or drive), *sleeps]
+    make_disk(guest, b"", DISK_BYTES)
+    launch(guest, line, Likeness(), unit=False)
+    counts(guest, "^tick ", seconds, unit=False)
     return guest
 
 
-def make_disk(guest: AnyGuest[Any], content: bytes, size: int, likeness: Likeness) -> None:
+def make_disk(guest: AnyGuest[Any], content: bytes, size: int, uid: int = 0) -> None:
     """Write the image of its disk."""
     place, disk = guest.lies.place, f"{guest.stem}.disk"
     guest.host.sh(f"mkdir -p {place} && chmod 1777 {place}")
     guest.host.put(disk, content)
-    guest.host.sh(f"truncate -s {size} {disk}; chown {likeness.uid} {disk}")
+    guest.host.sh(f"truncate -s {size} {disk}; chown {uid} {disk}")
 
 
-def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, unit: bool) -> None:
+def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, *, unit: bool) -> None:
     """Start its QEMU; `guest.pid` is that of what was started, which may be a shell for a moment."""
     host, name = guest.host, guest.name
     if unit:
@@ -246,7 +273,7 @@ def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, unit:
         guest.pid = int(host.sh(f"{prepared(name, likeness)} {background}"))
 
 
-def counts(guest: AnyGuest[Any], line: str, seconds: float, unit: bool) -> None:
+def counts(guest: AnyGuest[Any], line: str, seconds: float, *, unit: bool) -> None:
     """Wait for the first line of its count.  Raises LabError."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and guest.alive():

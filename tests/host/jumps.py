@@ -6,6 +6,7 @@ In the small host VM nothing restores guests by itself, so the tests do what a p
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,18 @@ def jump(host: Host, key: str, *words: object, seconds: float = 240) -> float:
 def restore(host: Host, *words: object, seconds: float = 240) -> Said:
     """Bring the guests back by hand."""
     return host.cpr("restore", *words, "--json", seconds=seconds)
+
+
+def saved(host: Host) -> dict[str, Any]:
+    """The manifest that is open."""
+    document: dict[str, Any] = json.loads(host.sh(f"cat {STATE}/reboot/current/manifest.json"))
+    body: dict[str, Any] = document["body"]
+    return body
+
+
+def count_qemus(host: Host) -> int:
+    """Guests' processes in the host VM."""
+    return int(host.sh("ls -l /proc/[0-9]*/exe 2> /dev/null | grep -c 'qemu-system' || true"))
 
 
 def back(said: Said) -> dict[str, dict[str, Any]]:

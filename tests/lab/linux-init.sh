@@ -9,7 +9,7 @@
 #   e LINE              a line came in on the console
 #
 # The disk is /dev/vda.  Kernel command line: cpr.disk=NAME for another one, which may come late,
-# cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
+# cpr.awake to refuse to be suspended, cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
 # the numbers from 1 on, a line each, as fast as it goes, port 20 eight of them each hundredth of a second.
 # Virtio ports that are called cpr.echo.something echo what comes in on them.
 
@@ -108,6 +108,7 @@ for word in $(cat /proc/cmdline); do
         name=${word#cpr.disk=}
         until [ -b "/dev/$name" ]; do pause 0.05; done && disk "$name" &
         ;;
+    cpr.awake) mount -o remount,ro /sys ;;      # the agent's way to /sys/power/state
     cpr.busy)
         cpu=0
         while [ $cpu -lt "$(nproc)" ]; do
