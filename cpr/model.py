@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -180,6 +180,8 @@ class Chardev:
     server: bool = False
     listener: int | None = None
     client: int | None = None
+    peer: str = ""
+    """Path or HOST:PORT at the other end of a connection that QEMU has made; read for a reboot only."""
     queued: int = 0
     """Clients that wait in the listener's backlog."""
     monitor: str = ""
@@ -220,6 +222,8 @@ class Netdev:
     vhost: bool = False
     hostfwd: tuple[str, ...] = ()
     in_argv: bool = True
+    persistent: bool = False
+    """Its interface stays when QEMU closes it: somebody else has made it. Read for a reboot only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,6 +310,14 @@ class GuestAgent:
     can_suspend: bool = False
     error: str = ""
     """Why it could not be asked."""
+
+
+class NotHadAgain(NamedTuple):
+    """A part of the guest that no start after a boot can be given again, and the way out."""
+
+    subject: str
+    why: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -443,6 +455,14 @@ class Guest:
     """What its images lie on; read for a reboot only."""
     agent: GuestAgent | None = None
     """None: it has no port for one. Asked for a reboot only."""
+    not_had_again: tuple[NotHadAgain, ...] = ()
+    """What it has by a descriptor that nobody can make again after a boot; found for a reboot only."""
+    needed_after_boot: tuple[tuple[str, str], ...] = ()
+    """(kind, name) of what somebody else has to have made before it is restored; found for a reboot only."""
+    own_namespaces: tuple[str, ...] = ()
+    """Names of the namespaces in which it is not with us; found for a reboot only."""
+    unguarded_unit: str = ""
+    """The service that it is, where systemd would start that afresh over it after a boot; asked for a reboot only."""
     s3_disabled: bool | None = None
     """Its firmware does not offer suspend to RAM; None: not known."""
 
@@ -569,6 +589,8 @@ class Plan:
 
 class Status(StrEnum):
     UPDATED = "updated"
+    SAVED = "saved"
+    """For a reboot; it goes on after that."""
     UNCHANGED = "unchanged"
     BLOCKED = "blocked"
     ROLLED_BACK = "rolled_back"

@@ -1,6 +1,8 @@
 """The use cases as functions: what `cli/` calls and prints. Nothing is printed here, nobody is asked.
 
-examine   list_guests, check, show, info     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+examine   list_guests, check, show     survey, ask the new QEMU, rehearse, check, plan: changes nothing
+modes     info
+reboot    check_kexec                  the same for a new host kernel
 update    prepare -> Prepared, perform -> Update
 start     run                                start a guest that can be updated later
 runs      recover, runs, log
@@ -8,7 +10,11 @@ world     everything that reads or writes the machine comes through `World`, so 
 """
 
 from cpr.app.byhand import Saved, load, save
-from cpr.app.examine import Examined, Modes, check, info, list_guests, show
+from cpr.app.examine import Examined, check, list_guests, show
+from cpr.app.modes import Modes, info
+from cpr.app.reboot import perform_reboot
+from cpr.app.rebootable import Jump, RebootCheck, check_kexec
+from cpr.app.restore import restore
 from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
@@ -20,8 +26,10 @@ __all__ = [
     "Choices",
     "Examined",
     "Handle",
+    "Jump",
     "Modes",
     "Prepared",
+    "RebootCheck",
     "SaveMode",
     "Saved",
     "Started",
@@ -29,15 +37,18 @@ __all__ = [
     "Update",
     "World",
     "check",
+    "check_kexec",
     "claim_on",
     "info",
     "list_guests",
     "load",
     "log",
     "perform",
+    "perform_reboot",
     "prepare",
     "real_world",
     "recover",
+    "restore",
     "run",
     "runs",
     "save",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -120,7 +121,8 @@ def bring_back(
         except OSError as error:
             back = Back(saved=saved, error=NotRestored(f"{saved.label} is not restored: {error}"))
         if back.error is not None and saved.restore.result is Result.OPEN:
-            book.note(saved, words=back.error.message, tries=saved.restore.tries + 1)
+            with contextlib.suppress(OSError):
+                book.note(saved, words=back.error.message, tries=saved.restore.tries + 1)
         return replace(back, seconds=time.monotonic() - began)
 
     backs = in_parallel(one, guests, jobs)
@@ -155,17 +157,37 @@ def _restore_in(
         book.note(saved, result=Result.LOADED, pid=pid, start_time=start_time, words="", tries=tries)
 
     restored = restore(saved, manifest, program, log=_log(saved), loaded=loaded)
-    book.note(saved, result=Result.RESTORED)
+    try:
+        book.note(saved, result=Result.RESTORED)
+    except OSError as error:  # it is written down that it was loaded: that is what matters
+        restored.differences.append(f"the manifest could not be written any more: {error}")
     return program.target, restored
 
 
 def _program(saved: SavedGuest, wanted: str, world: World) -> Program:
     """Raises BinaryUnusable."""
-    if wanted == OLD:
-        if not saved.pinned_binary:
-            raise BinaryUnusable(saved.label, "no copy of its old QEMU was kept", hint="--qemu takes a path")
-        return Program(target=world.ask(saved.pinned_binary, ()), copy=True)
-    return Program(target=world.ask(wanted, saved.options))
+    if wanted != OLD:
+        return Program(target=world.ask(wanted, saved.options))
+    if not saved.pinned_binary:
+        raise BinaryUnusable(saved.label, "no copy of its old QEMU was kept", hint="--qemu takes a path")
+    if not os.path.isfile(saved.pinned_binary):
+        raise BinaryUnusable(saved.pinned_binary, "the copy of its old QEMU is gone", hint="--qemu takes a path")
+    return Program(target=_as_it_was(saved), copy=True)
+
+
+def _as_it_was(saved: SavedGuest) -> Target:
+    """The old QEMU takes its old command line: it need not be asked, and nothing is translated."""
+    return Target(
+        binary=replace(saved.binary_before, path=saved.pinned_binary),
+        machines=frozenset(),
+        machine_aliases={},
+        device_types=frozenset(),
+        commands=frozenset(),
+        migrate_modes=frozenset(),
+        capabilities=frozenset(),
+        options=None,
+        extra_options=saved.guest.added_options if saved.guest is not None else (),
+    )
 
 
 def _log(saved: SavedGuest) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.app import bringback, savable
@@ -17,7 +17,7 @@ from cpr.linux import proc
 from cpr.linux.lock import LockHeld, make_run_directory, process_lock
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
-from cpr.reboot.manifest import Manifest, Mode, Phase
+from cpr.reboot.manifest import Manifest, Mode, Phase, Result
 from cpr.reboot.saving import Saver
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def save(
             manifests.write_file(manifest_path, manifest)
             held.enter_context(world.guard(manifest_path))
         except BaseException:
-            _remove_all(path)
+            store.forget(manifest_path)
             raise
         try:
             if manifest.guests[0].vfio:
@@ -102,16 +102,29 @@ def save(
             manifests.write_file(manifest_path, _at(manifest, Phase.SAVED))
             manifest = _at(manifest, Phase.COMMITTED)
             manifests.write_file(manifest_path, manifest)
+            saver.quit()
         except BaseException as error:
-            _undone(saver.undo(), error, path)
-        saver.quit()
+            _void(manifest_path, manifest, path)
+            _undone(saver.undo(), error, manifest_path)
+        if mode is Mode.REBOOT:
+            os.sync()  # RAM in a file on a disk
         return Saved(examined=examined, path=path, manifest=manifest, seconds=time.monotonic() - began)
 
 
-def _undone(went: WentOn, error: BaseException, path: str) -> None:
+def _void(manifest_path: str, manifest: Manifest, path: str) -> None:
+    """Before it runs on: its state may not be loaded any more. On a full disk the state goes instead."""
+    gone_on = [replace(g, restore=replace(g.restore, result=Result.CONTINUED)) for g in manifest.guests]
+    try:
+        manifests.write_file(manifest_path, _at(manifests.with_guests(manifest, *gone_on), Phase.UNDOING))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _undone(went: WentOn, error: BaseException, manifest_path: str) -> None:
     """Raises what is to be said of it."""
     if went.well:
-        _remove_all(path)
+        store.forget(manifest_path)
     words = error.message if isinstance(error, CprError) else str(error) or type(error).__name__
     failed = f"; {'; '.join(went.failed)}" if went.failed else ""
     if isinstance(error, Interrupted) and went.well:
@@ -121,7 +134,7 @@ def _undone(went: WentOn, error: BaseException, path: str) -> None:
     failure = SaveFailed(f"it was not saved: {words}{failed}", where=went.where)
     failure.hint = error.hint if isinstance(error, CprError) else ""
     if not went.well:
-        raise NeedsAttention(failure.message, where=went.where, hint=f"cpr recover {path}{store.MANIFEST_SUFFIX}")
+        raise NeedsAttention(failure.message, where=went.where, hint=f"cpr recover {manifest_path}")
     raise failure
 
 
@@ -129,18 +142,6 @@ class NeedsAttention(CprError):
     """A guest stands still."""
 
     code = Exit.NEEDS_ATTENTION
-
-
-def _remove_all(path: str) -> None:
-    """What belongs to a guest that runs on: nobody may load it."""
-    for name in (path + store.MANIFEST_SUFFIX, path):
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-    directory = path + store.OLD_SUFFIX
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
-            os.unlink(os.path.join(directory, name))
-        os.rmdir(directory)
 
 
 def _manifest(guest: SavedGuest, kexec: NextKernel, mode: Mode) -> Manifest:
@@ -158,8 +159,6 @@ def _manifest(guest: SavedGuest, kexec: NextKernel, mode: Mode) -> Manifest:
 
 
 def _at(manifest: Manifest, phase: Phase) -> Manifest:
-    from dataclasses import replace
-
     return replace(manifest, phase=phase)
 
 

@@ -12,7 +12,6 @@ from cpr import plan as planning
 from cpr.app.world import Choices, World, real_world
 from cpr.checks import run_checks
 from cpr.checks.binary import same_binary
-from cpr.checks.memory import survives_kexec
 from cpr.checks.migration import monitor_finding
 from cpr.errors import BinaryUnusable, Blocked, CprError, Exit, MonitorError
 from cpr.model import Severity
@@ -201,33 +200,6 @@ def check(names: Sequence[str], choices: Choices, world: World | None = None) ->
 def show(name: str, choices: Choices, world: World | None = None) -> Examined:
     """All there is to know about one guest."""
     return check([name], choices, world)[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Modes:
-    """Which CPR modes a guest supports."""
-
-    examined: Examined
-    restart: tuple[str, ...]
-    """Engines that nothing blocks."""
-    survives_kexec: bool
-    """RAM lies on something that outlives the kernel."""
-    reboot: str
-
-
-def info(name: str, choices: Choices, world: World | None = None) -> Modes:
-    """Which CPR modes a guest supports: restart by which engines, reboot."""
-    world = world or real_world()
-    examined = in_parallel(Examiner(world=world, choices=choices, rehearse=False).examine, find_all([name], world), 1)[
-        0
-    ]
-    free = tuple(
-        engine for engine, findings in examined.engines if not any(f.severity is Severity.BLOCKER for f in findings)
-    )
-    lost = [b.id for b in examined.guest.ram if not survives_kexec(b)] if examined.guest else []
-    survives = examined.guest is not None and not lost
-    reason = "its RAM would outlive a kexec" if survives else f"RAM that a kexec loses: {', '.join(lost) or 'unknown'}"
-    return Modes(examined=examined, restart=free, survives_kexec=survives, reboot=reason)
 
 
 def find_all(names: Sequence[str], world: World) -> tuple[Candidate, ...]:

@@ -42,6 +42,16 @@ def watched(path: str) -> bool:
     return manifest.phase not in (Phase.JUMPING, Phase.UNDONE) and manifest.boot_id == proc.boot_id()
 
 
+def claimed(process: ProcessId) -> CprError | None:
+    """A reboot that was interrupted and left this QEMU as it was saved, as far as we may look."""
+    with contextlib.suppress(CprError, OSError):
+        manifest = manifests.read_file(store.current())
+        if manifest.boot_id == proc.boot_id() and any(g.process == process for g in manifest.open):
+            holder = {"run": manifest.run}
+            return Busy(f"run {manifest.run} was interrupted and is not recovered", holder, hint="cpr recover")
+    return None
+
+
 def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, ...]:
     """Bring every guest of the manifest at `path` to where it runs; what became of each. Safe to repeat.
 
@@ -51,28 +61,35 @@ def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, 
         Busy: somebody works on it. NotFound, ManifestError, OSError.
     """
     with _held(path, patience):
+        return finish_held(path, world)
+
+
+def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
+    """As `finish`, by who holds the manifest."""
+    manifest = manifests.read_file(path)
+    if manifest.boot_id != proc.boot_id() or manifest.phase is Phase.UNDONE:
+        return ()
+    if manifest.release:
+        with contextlib.suppress(CprError):
+            world.unload_kernel()
+    alive = {g.pid for g in manifest.guests if _lives(g.process)}
+    going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
+    manifest = _void(path, manifest, going)
+    outcomes = list(in_parallel(_continue, going, JOBS))
+    ended = [g for g in manifest.open if g.pid not in alive]
+    if manifest.release:  # by hand it was to end, and may be loaded when somebody wants it
+        sealed = tuple(g for g in ended if g.state is not None)
+        backs = bringback.bring_back(path, manifest, sealed, qemu=_qemu(sealed), world=world)
+        outcomes += [_came_back(back) for back in backs]
         manifest = manifests.read_file(path)
-        if manifest.boot_id != proc.boot_id() or manifest.phase is Phase.UNDONE:
-            return ()
-        if manifest.release:
-            with contextlib.suppress(CprError):
-                world.unload_kernel()
-        alive = {g.pid for g in manifest.guests if _lives(g.process)}
-        going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
-        manifest = _void(path, manifest, going)
-        outcomes = list(in_parallel(_continue, going, JOBS))
-        ended = [g for g in manifest.open if g.pid not in alive]
-        if manifest.release:  # by hand it was to end, and may be loaded when somebody wants it
-            sealed = tuple(g for g in ended if g.state is not None)
-            backs = bringback.bring_back(path, manifest, sealed, qemu=_qemu(sealed), world=world)
-            outcomes += [_came_back(back) for back in backs]
-            manifest = manifests.read_file(path)
-        outcomes += [_lost(g) for g in ended if g.state is None]
-        outcomes += [_loaded(path, g) for g in manifest.guests if g.restore.result is Result.LOADED]
-        if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes) and not _left(manifest):
-            manifests.write_file(path, replace(manifests.read_file(path), phase=Phase.UNDONE))
-            store.clean(path, manifest)
-        return tuple(outcomes)
+    outcomes += [_lost(g) for g in ended if g.state is None]
+    outcomes += [_loaded(path, g) for g in manifest.guests if g.restore.result is Result.LOADED]
+    if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes) and not _left(manifest):
+        manifests.write_file(path, replace(manifests.read_file(path), phase=Phase.UNDONE))
+        store.clean(path, manifest)
+        if not manifest.release:
+            store.forget(path)
+    return tuple(outcomes)
 
 
 def _left(manifest: Manifest) -> bool:
@@ -186,9 +203,7 @@ def _loaded(path: str, saved: SavedGuest) -> Outcome:
         return _needs(saved, f"its new QEMU (pid {new.pid}) could not be told to go on", error.message)
     manifest = manifests.read_file(path)
     before = next(g.restore for g in manifest.guests if g.pid == saved.pid)
-    manifests.write_file(
-        path, manifests.with_restore(manifest, saved.pid, _restored(before))
-    )
+    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, _restored(before)))
     return Outcome(
         guest=saved.label,
         uuid=saved.uuid,

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
+from cpr.app.finish import finish
 from cpr.app.update import Update
+from cpr.app.world import real_world
 from cpr.errors import JournalError, NotFound
+from cpr.reboot import store
 
 if TYPE_CHECKING:
+    from cpr.app.world import World
     from cpr.journal import Record
+    from cpr.model import Outcome
 
 
-def recover(run_id: str | None) -> Update:
-    """Finish or undo what was interrupted: one run, or all open ones."""
+def recover(run_id: str | None, world: World | None = None) -> Update:
+    """Finish or undo what was interrupted: one run, or all open ones. A save by hand is named by its manifest's path.
+
+    Raises:
+        NotFound: no such run.
+    """
     from cpr.recover import recover as recover_runs
 
-    return Update(run_id=run_id or "", outcomes=tuple(outcome for _, outcome in recover_runs(run_id)))
+    world = world or real_world()
+    if run_id is not None and "/" in run_id:
+        return Update(run_id=run_id, outcomes=finish(os.path.abspath(run_id), world))
+    outcomes: tuple[Outcome, ...] = ()
+    found = False
+    with contextlib.suppress(NotFound):
+        path = store.current()
+        if run_id in (None, os.path.basename(os.path.dirname(path))):
+            found, outcomes = True, finish(path, world)
+    with contextlib.suppress(*((NotFound,) if found else ())):
+        outcomes += tuple(outcome for _, outcome in recover_runs(run_id))
+    return Update(run_id=run_id or "", outcomes=outcomes)
 
 
 def runs() -> tuple[Record, ...]:

@@ -68,6 +68,7 @@ def real_world() -> World:
     """This machine. Imported here, so that `cpr --help` need not."""
     from cpr import discover, journal, keeper, survey
     from cpr.app import guardian
+    from cpr.app.finish import claimed
     from cpr.engines import ENGINES
     from cpr.linux import kexec
     from cpr.qemu import features, rehearsal
@@ -88,7 +89,7 @@ def real_world() -> World:
         start=start,
         engines=ENGINES,
         new_run_id=journal.new_run_id,
-        claimed=keeper.claimed,
+        claimed=lambda process: keeper.claimed(process) or claimed(process),
         reboot_facts=facts.with_reboot_facts,
         next_kernel=lambda directory, **named: facts.next_kernel(state_directory=directory, **named),
         guard=guardian.guard,

@@ -1,7 +1,7 @@
 """The pre-check: one function a question, facts in, findings out, no I/O. `docs/blockers.md` explains every id."""
 
 from cpr.checks import memory  # isort: skip - importing registers; this is the order in which findings are told
-from cpr.checks import migration, process, drift, binary, devices, inplace, host, reboot  # isort: skip
+from cpr.checks import migration, process, drift, binary, devices, inplace, host, reboot, afterboot  # isort: skip
 from cpr.checks.registry import (
     REGISTRY,
     Check,
@@ -9,6 +9,7 @@ from cpr.checks.registry import (
     blocker,
     blockers,
     check,
+    host_checks,
     in_order,
     note,
     run_checks,
@@ -19,6 +20,7 @@ from cpr.checks.registry import (
 __all__ = [
     "REGISTRY",
     "Check",
+    "afterboot",
     "apply_ignores",
     "binary",
     "blocker",
@@ -27,6 +29,7 @@ __all__ = [
     "devices",
     "drift",
     "host",
+    "host_checks",
     "in_order",
     "inplace",
     "memory",

@@ -163,14 +163,3 @@ def version_of(text: str | None) -> tuple[int, int] | None:
     if len(parts) < 2 or not parts[0].isdigit() or not parts[1].isdigit():
         return None
     return int(parts[0]), int(parts[1])
-
-
-KEPT_OVER_KEXEC = (Backing.DISK_FILE, Backing.FSDAX, Backing.DEVDAX)
-
-
-def survives_kexec(block: RamBlock) -> bool:
-    """Whether the pages are still there under the next kernel: a file on a disk, or memory that the kernel leaves out.
-
-    tmpfs and hugetlbfs are RAM of the old kernel: a guest loaded over what follows them is corrupted.
-    """
-    return block.shared and block.backing in KEPT_OVER_KEXEC

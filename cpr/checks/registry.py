@@ -150,7 +150,12 @@ def run_checks(
 def run_host_checks(host: Host, kexec: NextKernel) -> tuple[Finding, ...]:
     """What concerns no single guest of a reboot: to be asked once, whatever guests there are."""
     facts = {"host": host, "kexec": kexec}
-    return in_order(f for one in REGISTRY.values() if REBOOT in one.modes for f in one.findings(facts))
+    return in_order(f for id, one in REGISTRY.items() if id in host_checks() for f in one.findings(facts))
+
+
+def host_checks() -> frozenset[str]:
+    """Ids of the checks that `run_host_checks` asks; `run_checks` asks them of every guest."""
+    return frozenset(id for id, one in REGISTRY.items() if REBOOT in one.modes and one.needs <= {"host", "kexec"})
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

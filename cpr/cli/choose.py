@@ -7,7 +7,39 @@ from typing import TYPE_CHECKING
 from cpr.errors import UsageError
 
 if TYPE_CHECKING:
-    from cpr.app import Choices
+    from cpr.app import Choices, Jump
+
+
+def jump(
+    *,
+    kexec: bool,
+    kernel: str = "",
+    initrd: str = "",
+    append: str = "",
+    reuse_cmdline: bool = False,
+    abandon: list[str] | None = None,
+    engine: str | None = None,
+) -> Jump | None:
+    """What is asked for of the next kernel; None without --kexec. Raises `UsageError` for what cannot be meant."""
+    from cpr.app import Jump
+
+    if not kexec:
+        said = {
+            "--kernel": kernel,
+            "--initrd": initrd,
+            "--append": append,
+            "--reuse-cmdline": reuse_cmdline,
+            "--abandon": abandon,
+        }
+        for name, value in said.items():
+            if value:
+                raise UsageError(f"{name} is about the next kernel of the host", hint="say --kexec as well")
+        return None
+    if engine is not None:
+        raise UsageError(f"--engine {engine}: engines restart a QEMU on this host; a jump (--kexec) needs none")
+    if initrd and not kernel:
+        raise UsageError("--initrd without --kernel", hint="name the kernel that it belongs to")
+    return Jump(kernel=kernel, initrd=initrd, append=append, reuse=reuse_cmdline, abandon=tuple(abandon or ()))
 
 
 def choices(

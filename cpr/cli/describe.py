@@ -13,7 +13,7 @@ from cpr.progress import milliseconds
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cpr.app import Examined, Modes, Prepared, Saved, Update
+    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Update
     from cpr.journal import Record
     from cpr.model import Binary, Guest, Outcome, Plan
 
@@ -172,9 +172,32 @@ def info_lines(modes: Modes) -> list[str]:
         lines += finding_lines(blockers(findings, name), "    ")
     if not modes.examined.engines and modes.examined.error is not None:
         lines.append(f"    {modes.examined.error.message}")
-    state = "not in this release" if modes.survives_kexec else "no"
-    lines.append(f"  reboot: {state} ({modes.reboot})")
-    return lines
+    lines.append(f"  reboot: {'yes' if modes.can_reboot else 'no'} ({modes.words})")
+    return lines + finding_lines(modes.reboot.blockers, "    ")
+
+
+def reboot_check_lines(it: RebootCheck) -> list[str]:
+    """`cpr check --kexec`: the kernel and the host, then each guest."""
+    kernel = it.kexec
+    lines = [f"jump into {colored(kernel.release or kernel.image or 'no kernel', 'bold')}"]
+    lines += facts({"kernel": kernel.image, "initrd": kernel.initrd, "command line": kernel.command_line})
+    lines += finding_lines(it.host)
+    for one in it.guests:
+        lines += ["", f"{headline(one)}: {reboot_verdict(one)}", *finding_lines(one.findings)]
+    lines += [f"\n{c.name or c.process.pid}: will be lost, as asked (--abandon)" for c in it.abandoned]
+    if not it.guests:
+        lines += ["", "no guests to save"]
+    return [*lines, "", "this host can go on with a new kernel under its guests" if it.possible else "nothing is saved"]
+
+
+def reboot_verdict(examined: Examined) -> str:
+    """Whether it can be saved and restored."""
+    if examined.blockers:
+        return f"cannot be saved, {len(examined.blockers)} blocker(s)"
+    if examined.error is not None:
+        return f"{examined.error.message}" + (f" (hint: {examined.error.hint})" if examined.error.hint else "")
+    heard = [f for f in examined.findings if f.severity is Severity.WARNING]
+    return "can be saved, and restored after the boot" + (f", {len(heard)} warning(s)" if heard else "")
 
 
 def plan_lines(examined: Examined) -> list[str]:

@@ -8,7 +8,7 @@ from cpr.checks.registry import blockers
 from cpr.cli.output import error_json
 
 if TYPE_CHECKING:
-    from cpr.app import Examined, Modes, Prepared, Saved, Started, Update
+    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Started, Update
     from cpr.journal import Record
     from cpr.model import Binary, Outcome, Plan, RamBlock
 
@@ -86,10 +86,29 @@ def modes(it: Modes) -> dict[str, Any]:
         "uuid": it.examined.candidate.uuid,
         "pid": it.examined.candidate.process.pid,
         "restart": list(it.restart),
-        "reboot": it.survives_kexec,
-        "reboot_reason": it.reboot,
+        "reboot": it.can_reboot,
+        "reboot_reason": it.words,
+        "reboot_blockers": [f.json() for f in it.reboot.blockers],
+        "ram": [{"id": id, "kept": found.kept, "reason": found.reason} for id, found in it.ram],
         "engines": engines(it.examined),
         "error": error_json(it.examined.error) if it.examined.error else None,
+    }
+
+
+def reboot_check(it: RebootCheck) -> dict[str, Any]:
+    """`cpr check --kexec --json`, but for status and exit code."""
+    kernel = it.kexec
+    return {
+        "mode": "reboot",
+        "kernel": {
+            "image": kernel.image or None,
+            "initrd": kernel.initrd or None,
+            "release": kernel.release or None,
+            "command_line": kernel.command_line,
+        },
+        "findings": [f.json() for f in it.host],
+        "abandoned": [c.name or str(c.process.pid) for c in it.abandoned],
+        "guests": [checked(e) for e in it.guests],
     }
 
 

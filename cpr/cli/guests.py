@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from cpr.cli.choose import choices
-from cpr.cli.options import All, Engine, ExitCode, Guest, Guests, Ignore, Json, Qemu, QemuOption, Restart
+from typing import TYPE_CHECKING
+
+from cpr.cli.choose import choices, jump
+from cpr.cli.options import (
+    Abandon,
+    All,
+    Append,
+    Engine,
+    ExitCode,
+    Guest,
+    Guests,
+    Ignore,
+    Initrd,
+    Json,
+    Kernel,
+    Kexec,
+    Qemu,
+    QemuOption,
+    Restart,
+    ReuseCmdline,
+)
 from cpr.cli.output import Output, say
 from cpr.errors import Exit, UsageError
+
+if TYPE_CHECKING:
+    from cpr.app import Choices, Jump
 
 
 def list_command(json: Json = False) -> int:
@@ -41,6 +63,12 @@ def check_command(
     *,
     all_guests: All = False,
     restart: Restart = True,
+    kexec: Kexec = False,
+    kernel: Kernel = "",
+    initrd: Initrd = "",
+    append: Append = "",
+    reuse_cmdline: ReuseCmdline = False,
+    abandon: Abandon = None,
     qemu: Qemu = "",
     qemu_option: QemuOption = None,
     engine: Engine = None,
@@ -54,7 +82,18 @@ def check_command(
 
     if guests and all_guests:
         raise UsageError("GUEST and --all exclude each other")
+    wanted = jump(
+        kexec=kexec,
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        reuse_cmdline=reuse_cmdline,
+        abandon=abandon,
+        engine=engine,
+    )
     chosen = choices(qemu=qemu, qemu_option=qemu_option, engine=engine, ignore=ignore)
+    if wanted is not None:
+        return _check_kexec(guests or [], chosen, wanted, exit_code=exit_code, output=Output(json, "check"))
     examined = app.check(guests or [], chosen)
     code = app.worst(e.exit_code for e in examined)
     if exit_code and code is Exit.OK and any(e.outdated for e in examined):
@@ -66,6 +105,22 @@ def check_command(
         )
     else:
         say("\n".join(describe.check_lines(examined)) if examined else "no guests on this host")
+    return code
+
+
+def _check_kexec(guests: list[str], chosen: Choices, wanted: Jump, *, exit_code: bool, output: Output) -> int:
+    from cpr import app
+    from cpr.cli import describe, documents
+
+    found = app.check_kexec(guests, chosen, wanted)
+    code = app.worst(found.exit_codes)
+    if exit_code and code is Exit.OK:
+        code = Exit.WOULD_UPDATE
+    if output.json:
+        status = "ok" if code in (Exit.OK, Exit.WOULD_UPDATE) else "blocked" if code is Exit.BLOCKED else "error"
+        output.document(**documents.reboot_check(found), status=status, exit_code=int(code))
+    else:
+        say("\n".join(describe.reboot_check_lines(found)))
     return code
 
 

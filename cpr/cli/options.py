@@ -24,3 +24,23 @@ Ignore = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Ask about a restart (the default).")]
 ExitCode = Annotated[bool, typer.Option("--exit-code", help="Exit 9 if something would be updated.")]
+Kexec = Annotated[
+    bool, typer.Option("--kexec", help="A new host kernel: save the guests, jump into it, restore them.")
+]
+Kernel = Annotated[
+    str, typer.Option("--kernel", metavar="PATH", help="The kernel to jump into (default: the newest installed one).")
+]
+Initrd = Annotated[str, typer.Option("--initrd", metavar="PATH", help="Its initrd (default: the one beside it).")]
+Append = Annotated[
+    str,
+    typer.Option(
+        "--append", metavar="TEXT", help="Its command line; with --reuse-cmdline this is added to the running one."
+    ),
+]
+ReuseCmdline = Annotated[
+    bool, typer.Option("--reuse-cmdline", help="Keep the running kernel's command line (the default without --append).")
+]
+Abandon = Annotated[
+    list[str] | None,
+    typer.Option("--abandon", metavar="NAME", help="A guest that may be lost at the jump (repeatable)."),
+]

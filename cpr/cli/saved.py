@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cpr.cli.choose import choices
-from cpr.cli.options import Guest, Ignore, Json, Qemu
+from cpr.cli.options import Guest, Guests, Ignore, Json, Qemu
 from cpr.cli.output import Output, finding_lines, say, tell
 from cpr.errors import Exit, Interrupted, UsageError
 
@@ -69,6 +70,37 @@ def load_command(file: File, qemu: LoadQemu = "", json: Json = False) -> int:
     else:
         say("\n".join(describe.update_lines(app.Update(run_id="", outcomes=(outcome,)))))
     return outcome.exit_code
+
+
+Directory = Annotated[
+    str, typer.Option("--directory", metavar="DIR", help="Of another run than the one that is open.")
+]
+GiveUp = Annotated[bool, typer.Option("--give-up", help="Do not bring the named guests back, now or later.")]
+
+
+def restore_command(
+    guests: Guests = None,
+    *,
+    qemu: LoadQemu = "",
+    directory: Directory = "",
+    give_up: GiveUp = False,
+    json: Json = False,
+) -> int:
+    """After the boot: bring back the guests that `cpr update --kexec` has saved."""
+    from cpr import app
+    from cpr.cli import describe, documents
+    from cpr.cli.update import progress_on
+
+    if give_up and not guests:
+        raise UsageError("--give-up without a guest: nobody would be asked which", hint="name the guests")
+    progress = progress_on(sys.stderr, None)
+    update = app.restore(guests or [], qemu=qemu, directory=directory, give_up=give_up, progress=progress)
+    progress.close()
+    if json:
+        Output(json, "restore").document(**{**documents.updated(update), "mode": "reboot"})
+    else:
+        say("\n".join(describe.update_lines(update)))
+    return update.exit_code
 
 
 def may_start_command(unit: Unit, json: Json = False) -> int:

@@ -10,8 +10,24 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpr.cli.choose import choices
-from cpr.cli.options import All, Engine, ExitCode, Guests, Ignore, Json, Qemu, QemuOption, Restart
+from cpr.cli.choose import choices, jump
+from cpr.cli.options import (
+    Abandon,
+    All,
+    Append,
+    Engine,
+    ExitCode,
+    Guests,
+    Ignore,
+    Initrd,
+    Json,
+    Kernel,
+    Kexec,
+    Qemu,
+    QemuOption,
+    Restart,
+    ReuseCmdline,
+)
 from cpr.cli.output import Ended, Output, say, tell
 from cpr.errors import UNTOUCHED, Exit, Interrupted, UsageError
 
@@ -41,6 +57,12 @@ def update_command(
     *,
     all_guests: All = False,
     restart: Restart = True,
+    kexec: Kexec = False,
+    kernel: Kernel = "",
+    initrd: Initrd = "",
+    append: Append = "",
+    reuse_cmdline: ReuseCmdline = False,
+    abandon: Abandon = None,
     qemu: Qemu = "",
     qemu_option: QemuOption = None,
     engine: Engine = None,
@@ -55,10 +77,22 @@ def update_command(
     events: Events = "",
     json: Json = False,
 ) -> int:
-    """Move running guests onto a newly installed QEMU. Without GUEST: every outdated one, after the question."""
+    """Move running guests onto a newly installed QEMU. Without GUEST: every outdated one, after the question.
+
+    With --kexec: save all guests, jump into a new host kernel, and restore them there.
+    """
     if guests and all_guests:
         raise UsageError("GUEST and --all exclude each other")
-    if yes and not guests and not all_guests:
+    wanted = jump(
+        kexec=kexec,
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        reuse_cmdline=reuse_cmdline,
+        abandon=abandon,
+        engine=engine,
+    )
+    if yes and not kexec and not guests and not all_guests:
         raise UsageError("-y without a guest: nobody would be asked which", hint="name the guests, or say --all")
     if not (dry_run or yes or (sys.stdin.isatty() and sys.stderr.isatty())):
         raise UsageError("not on a terminal: nobody can be asked", hint="-y goes on without asking, -n shows the plan")
@@ -74,6 +108,11 @@ def update_command(
     )
     from cpr import app
 
+    if wanted is not None:
+        from cpr.cli.kexec import update_kexec
+
+        answer = Output(json, "update")
+        return update_kexec(guests or [], chosen, wanted, answer, dry_run=dry_run, yes=yes, events=events)
     with signals() as stop, open_events(events) as stream:
         prepared = app.prepare(guests or [], chosen)
         if dry_run:

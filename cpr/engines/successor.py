@@ -155,7 +155,7 @@ def successor(
         return number
 
     line = cl.with_program(cl.without(base_command(guest), DROPPED_OPTIONS), target.binary.path)
-    line = _without_control(line)
+    line = without_control(line)
     line = cl.with_machine_type(line, guest.machine)
     line = cl.with_log_append(line)
     if guest.generation_id:
@@ -204,7 +204,7 @@ def successor(
     line = cl.append_options(cl.for_incoming(line), target.extra_options)
     return Successor(
         argv=tuple(line.argv()),
-        environ=_environ(guest, target, run_id),
+        environ=environment(guest, target, mark=run_mark(run_id, guest.process.pid), pidfile=guest.pidfile),
         inherited=tuple(inherited),
         control=control,
         control_number=control_number,
@@ -224,7 +224,7 @@ def _forwards(guest: Guest) -> Iterator[str]:
             yield f"hostfwd_add {name}{rule}"
 
 
-def _without_control(line: cl.CommandLine) -> cl.CommandLine:
+def without_control(line: cl.CommandLine) -> cl.CommandLine:
     """Without the private monitor that an earlier update added."""
 
     def keep(option: cl.Option) -> Iterator[cl.Option]:
@@ -272,13 +272,13 @@ def _with_fdsets(line: cl.CommandLine, guest: Guest, take: Callable[[str, int], 
     return line
 
 
-def _environ(guest: Guest, target: Target, run_id: str) -> tuple[tuple[str, str], ...]:
+def environment(guest: Guest, target: Target, *, mark: str = "", pidfile: str = "") -> tuple[tuple[str, str], ...]:
+    """The guest's variables, and what an update leaves for the next one. `pidfile`: where argv does not name it."""
     kept = [(k, v) for k, v in guest.environ if not DROPPED.match(k)]
-    ours = {MARK: run_mark(run_id, guest.process.pid), "CPR_PIDFILE": guest.pidfile}
+    ours = {MARK: mark, "CPR_PIDFILE": pidfile}
     if target.extra_options:
         ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))
     return (*kept, *((k, v) for k, v in ours.items() if v))
-
 
 
 def run_mark(run_id: str, old_pid: int) -> str:

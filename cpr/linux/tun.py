@@ -34,6 +34,7 @@ TUNSETQUEUE = 0x400454D9
 IFF_ATTACH_QUEUE = 0x0200
 IFF_DETACH_QUEUE = 0x0400
 """Also among the flags of a queue that is detached (Linux 3.8)."""
+IFF_PERSIST = 0x0800
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
 SIOCETHTOOL = 0x8946
 ETHTOOL_GTXCSUM, ETHTOOL_GTSO = 0x16, 0x1E
@@ -99,6 +100,15 @@ def read_queue(fd: Fd) -> Queue:
         header=header_size(fd) if flags & IFF_VNET_HDR else 0,
         offloads=offloads(name),
     )
+
+
+def persistent(name: str, *, root: str = "/") -> bool:
+    """Whether the tun device `name` of our network namespace stays without any descriptor of it (TUNSETPERSIST)."""
+    try:
+        with open(os.path.join(root, "sys/class/net", name, "tun_flags")) as file:
+            return bool(int(file.read(), 16) & IFF_PERSIST)
+    except (OSError, ValueError):
+        return False
 
 
 def throw_away_queues(flags: int, count: int) -> list[Fd]:

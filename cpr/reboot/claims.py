@@ -60,7 +60,7 @@ def _claim(manifest: Manifest, guest: SavedGuest) -> str:
             return ""
         if manifest.phase is Phase.SAVING and not _lives(guest.pid, guest.process.start_time):
             return ""  # it ended before it was saved
-        return f"{guest.label} is saved (run {manifest.run}), and `cpr restore` brings it back"
+        return f"{guest.label} is saved (run {manifest.run}), and `cpr restore` brings it back, or gives it up"
     if restore.result in (Result.LOADED, Result.RESTORED) and _lives(restore.pid, restore.start_time):
         return f"{guest.label} was brought back and runs as pid {restore.pid}"
     return ""

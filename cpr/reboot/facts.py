@@ -1,6 +1,6 @@
 """What a decision about a reboot needs to know besides what a survey reads: read here, once, before the checks.
 
-    guest = with_reboot_facts(guest)                       # what its RAM and disks lie on, its agent
+    guest = with_reboot_facts(guest)                       # what its RAM and disks lie on, its agent, what is by fd
     kexec = next_kernel(image="", initrd="", append="quiet", reuse=True, state_directory="/var/lib/cpr")
 
 Out of scope: judging (checks/reboot.py, persistence.py).
@@ -15,37 +15,51 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.command import command_of
 from cpr.errors import CprError
-from cpr.linux import dax, kexec
-from cpr.model import GuestAgent, NextKernel
+from cpr.linux import dax, kexec, proc, tun
+from cpr.linux.process import RunFailed, run
+from cpr.model import Backing, GuestAgent, NextKernel
 from cpr.persistence import persistence
+from cpr.qemu import qmp, sockets
 from cpr.qemu.agent import Agent
-from cpr.qemu.answers import flag
+from cpr.qemu.answers import Answers, flag
 from cpr.qemu.chardevs import parse_filename
-from cpr.qemu.cmdline import devices
+from cpr.qemu.cmdline import CommandLineError, devices
 from cpr.qemu.qmp import path_in
+from cpr.reboot.afresh import NAMED, demands
 from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cpr.model import Guest, RamBlock, Storage
-    from cpr.qemu.answers import Answers
+    from cpr.model import Chardev, Guest, RamBlock, Storage
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 AGENT_SECONDS = 3.0
+SYSTEMD_SECONDS = 3.0
+RESTORE_UNIT = "cpr-restore.service"
 POWER_MANAGEMENT = ("ICH9-LPC", "PIIX4_PM")
 """QOM types whose `disable_s3` decides what the ACPI tables offer (hw/isa/lpc_ich9.c, hw/acpi/piix4.c)."""
 
 
 def with_reboot_facts(guest: Guest) -> Guest:
-    """The guest with `storage` of its RAM, `disks` and `agent` filled in, as far as they can be read."""
+    """The guest with what the model says is read for a reboot only, as far as it can be read."""
     pid = guest.process.pid
-    return replace(
+    known = replace(
         guest,
         ram=tuple(replace(block, storage=ram_storage(pid, block)) for block in guest.ram),
         disks=tuple(disk_storage(pid, [f for chain in guest.chains for f in chain.files])),
+        netdevs=tuple(replace(n, persistent=bool(n.ifname) and tun.persistent(n.ifname)) for n in guest.netdevs),
+        chardevs=tuple(replace(c, peer=peer_of(guest, c)) for c in guest.chardevs),
         agent=ask_agent(agent_socket(guest), pid),
+        s3_disabled=ask_s3(guest),
+        own_namespaces=own_namespaces(guest),
+        unguarded_unit=next((s.who for s in guest.supervisors if s.kind == "systemd" and unguarded(s.who)), ""),
     )
+    try:
+        missing, needs = demands(known)
+    except CommandLineError:
+        return known  # `command-line` speaks of it
+    return replace(known, not_had_again=missing, needed_after_boot=needs)
 
 
 def ram_storage(pid: int, block: RamBlock) -> Storage | None:
@@ -53,9 +67,33 @@ def ram_storage(pid: int, block: RamBlock) -> Storage | None:
     if block.fd is None:
         return None
     try:
-        return dax.storage_of(f"/proc/{pid}/fd/{block.fd}")
+        storage = dax.storage_of(f"/proc/{pid}/fd/{block.fd}")
     except OSError:
         return None
+    if storage.volatile or storage.kind not in NAMED or _leads_to(path_in(pid, storage.path), storage):
+        return storage
+    return replace(storage, volatile=f"{storage.path} was deleted or leads elsewhere now: nobody could open it again")
+
+
+def _leads_to(path: str, storage: Storage) -> bool:
+    """Whether the path is still this file or device."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    if storage.kind is Backing.DEVDAX:
+        return (os.major(status.st_rdev), os.minor(status.st_rdev)) == storage.device
+    return ((os.major(status.st_dev), os.minor(status.st_dev)), status.st_ino) == (storage.device, storage.inode)
+
+
+def peer_of(guest: Guest, chardev: Chardev) -> str:
+    """Path or HOST:PORT at the other end of a connection that QEMU has made; "" where there is none or nobody tells."""
+    if chardev.server or chardev.client is None:
+        return ""
+    if told := parse_filename(chardev.filename).peer:
+        return told
+    inode = next((f.inode for f in guest.open_files if f.number == chardev.client), 0)
+    return sockets.peer_path(sockets.Endpoint(number=chardev.client, inode=inode), guest.process.pid)
 
 
 def disk_storage(pid: int, files: Sequence[str]) -> list[Storage]:
@@ -92,6 +130,42 @@ def ask_agent(path: str, pid: int | None = None) -> GuestAgent | None:
     return GuestAgent(path=path, version=info.version, can_suspend=info.can_suspend)
 
 
+def own_namespaces(guest: Guest) -> tuple[str, ...]:
+    """Namespaces in which the guest is not with us; those it only gives to its children do not count."""
+    ours = {name: inode for name, (_, inode) in proc.namespaces(os.getpid()).items() if "_for_" not in name}
+    return tuple(name for name, inode in guest.namespaces if name in ours and ours[name] != inode)
+
+
+def unguarded(unit: str) -> bool:
+    """Whether systemd may start this service at a boot without asking `cpr may-start` first."""
+    try:
+        shown = run(["systemctl", "show", "-p", "UnitFileState", "-p", "ExecCondition", unit], timeout=SYSTEMD_SECONDS)
+    except (RunFailed, OSError):
+        return False
+    values = dict(line.partition("=")[::2] for line in shown.stdout.decode(errors="replace").splitlines())
+    starts = values.get("UnitFileState", "") not in ("", "disabled", "masked", "masked-runtime", "transient")
+    return starts and "may-start" not in values.get("ExecCondition", "")
+
+
+def restores_by_itself(unit: str = RESTORE_UNIT) -> bool:
+    """Whether the unit that restores guests runs in the next boot; without systemd nothing does."""
+    try:
+        return run(["systemctl", "is-enabled", unit], timeout=SYSTEMD_SECONDS).stdout.strip() == b"enabled"
+    except (RunFailed, OSError):
+        return False
+
+
+def ask_s3(guest: Guest) -> bool | None:
+    """Asked only of a guest that has to be suspended."""
+    if guest.monitor is None or not any(f.kind == "vfio" for f in guest.open_files):
+        return None
+    try:
+        with qmp.connect(guest.monitor, guest.process.pid) as monitor:
+            return s3_disabled(Answers(monitor))
+    except CprError:
+        return None
+
+
 def s3_disabled(answers: Answers) -> bool | None:
     """Whether the machine offers no suspend to RAM; None where that cannot be told."""
     for name, kind in answers.children("/machine/unattached"):
@@ -109,12 +183,13 @@ def next_kernel(
     reuse: bool = True,
     state_directory: str,
     unsaved: Sequence[str] = (),
-    restores_by_itself: bool = True,
+    restoring: bool | None = None,
     root: str = "/",
 ) -> NextKernel:
     """The named kernel, or the newest that is installed; its command line is the running one with `append` added.
 
-    `reuse=False`: its command line is `append` alone.
+    `reuse=False`: its command line is `append` alone. `restoring`: whether guests are restored by themselves; asked if
+    None.
     """
     installed = kexec.installed_kernels(root=root)
     chosen = next((k for k in installed if not image or os.path.realpath(k.image) == os.path.realpath(image)), None)
@@ -136,6 +211,6 @@ def next_kernel(
         state_directory=state_directory,
         state_directory_free=room.f_bavail * room.f_frsize,
         state_directory_volatile="" if kept.kept else kept.reason,
-        restores_by_itself=restores_by_itself,
+        restores_by_itself=restores_by_itself() if restoring is None else restoring,
         live_update=kexec.live_update(root=root),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.checks.command import command_of
@@ -17,8 +18,9 @@ from cpr.linux import likeness, pci, proc
 from cpr.linux.process import RunFailed, run
 from cpr.model import Binary
 from cpr.qemu.cmdline import devices
+from cpr.reboot.afresh import afresh
 from cpr.reboot.facts import agent_socket
-from cpr.reboot.manifest import SavedGuest, SavedRam, VfioDevice, namespaces_of_its_own
+from cpr.reboot.manifest import Directory, SavedGuest, SavedRam, VfioDevice, namespaces_of_its_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +38,7 @@ def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") ->
     """
     pid = guest.process.pid
     like = likeness.likeness_of(pid)
+    vfio = tuple(_vfio(guest))
     after = target.binary if target is not None else guest.installed or Binary(path=guest.binary.path)
     return SavedGuest(
         name=guest.name,
@@ -52,12 +55,14 @@ def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") ->
         pinned_binary=pinned,
         binary_after=after,
         options=target.extra_options if target is not None else (),
-        vfio=tuple(_vfio(guest)),
+        vfio=vfio,
+        suspended=bool(vfio),
         monitor=guest.monitor,
         agent=agent_socket(guest),
         unit=proc.unit_of(pid) or "",
         pidfile=guest.pidfile,
-        guest=guest,
+        directories=directories(guest, target) if target is not None else (),
+        guest=replace(guest, not_had_again=()),
         settings=Settings.of(guest, likeness.thread_placement(pid), ()).json(),
         data_directories=data_directories(pid) if pinned else (),
         module_directory=module_directory(pid) if pinned else "",
@@ -91,6 +96,27 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     if stat.S_ISCHR(one.st_mode) and stat.S_ISCHR(other.st_mode):
         return one.st_rdev == other.st_rdev
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def directories(guest: Guest, target: Target) -> tuple[Directory, ...]:
+    """Those in which QEMU makes something when it starts, as they are now; what is not there is left out."""
+    found = []
+    for path in afresh(guest, target).directories:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            mode = stat.S_IMODE(status.st_mode)
+            found.append(Directory(path=path, uid=status.st_uid, gid=status.st_gid, mode=mode))
+    return tuple(found)
+
+
+def make_directories(wanted: Iterable[Directory]) -> None:
+    """Make those again that are gone, as they were. OSError."""
+    for one in wanted:
+        if not os.path.isdir(one.path):
+            os.makedirs(one.path, mode=0o755)
+            os.chmod(one.path, one.mode)
+            if (one.uid, one.gid) != (os.geteuid(), os.getegid()):
+                os.chown(one.path, one.uid, one.gid)
 
 
 def _vfio(guest: Guest) -> list[VfioDevice]:

@@ -67,6 +67,16 @@ class VfioDevice:
     """What it was bound to while the guest ran, e.g. vfio-pci; it has to be bound again after the boot."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directory:
+    """Where QEMU makes sockets, pid and log files; below /run it is gone after the boot."""
+
+    path: str
+    uid: int
+    gid: int
+    mode: int
+
+
 class Result(StrEnum):
     """Only an `OPEN` guest's state may be loaded: of the others the RAM has moved on, or may have."""
 
@@ -151,6 +161,7 @@ class SavedGuest:
     unit: str = ""
     """The systemd unit that it ran in."""
     pidfile: str = ""
+    directories: tuple[Directory, ...] = ()
     guest: Guest | None = None
     """All that was known of it, from which the command line of the new QEMU is made."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -158,7 +169,7 @@ class SavedGuest:
     stopped_at: float | None = None
     """When it was stopped, by QEMU's own event, in seconds since the epoch."""
     suspended: bool = False
-    """It was put to sleep for the save and is to be woken up."""
+    """It is put to sleep for the save, and is to be woken up."""
     data_directories: tuple[str, ...] = ()
     module_directory: str = ""
     """Where the old QEMU has its firmware and modules: from another place its copy would not find them."""

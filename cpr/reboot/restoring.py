@@ -28,10 +28,11 @@ from cpr.linux.process import Process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
-from cpr.reboot.afresh import afresh
+from cpr.reboot.afresh import afresh, with_ram_paths
 from cpr.reboot.goingon import restore_mode, wake
+from cpr.reboot.knowledge import make_directories
 from cpr.reboot.saving import CPR_REBOOT, has_mode
-from cpr.reboot.verifying import NotRestorable, verify
+from cpr.reboot.verifying import NotRestorable, located, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,17 +94,21 @@ def restore(
     Raises:
         NotRestorable: it is not what it was; nothing was started. NotRestored: the new QEMU does not take it.
     """
+    saved = located(saved)
     verify(saved, manifest)
     guest = saved.guest
     if guest is None or saved.state is None:
         raise NotRestorable(saved.label, ("the manifest has not all that is needed",))
-    made = afresh(guest, program.target)
+    target = program.target
+    if program.copy:  # the copy passes for what it is a copy of
+        target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
+    made = afresh(guest, target)
     if made.missing:
         reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
         raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
     starting = _Starting(saved, guest, made, program, log, attend)
     try:
-        starting.bind()
+        starting.prepare()
         monitor = starting.start()
         starting.same_ram()
         starting.load(monitor)
@@ -146,8 +151,9 @@ class _Starting:
         assert self._process is not None
         return self._process
 
-    def bind(self) -> None:
-        """Passed-through devices belong to the host's drivers after a boot."""
+    def prepare(self) -> None:
+        """What a boot takes away: directories on /run, and passed-through devices from their driver."""
+        make_directories(self.saved.directories)
         for device in self.saved.vfio:
             try:
                 pci.bind(device.address, device.driver)
@@ -159,7 +165,7 @@ class _Starting:
         descriptors: dict[int, int | Fd] = {self.made.control_number: theirs.fileno()}
         binary = self.program.target.binary
         executable: tuple[str, tuple[int, int] | None] = (binary.path, binary.identity)
-        argv, environ = list(self.made.argv), list(self.made.environ)
+        argv, environ = list(self._argv()), list(self.made.environ)
         with contextlib.ExitStack() as held:
             held.callback(theirs.close)
             log = held.enter_context(_log(self.log))
@@ -187,6 +193,11 @@ class _Starting:
         self._process = Process.of(launched)
         self.notes += [*unmet, *launched.unmet]
         return self._greet(ours)
+
+    def _argv(self) -> tuple[str, ...]:
+        then = {ram.id: ram.storage.path for ram in self.saved.ram}
+        moved = {ram.id: ram.path for ram in self.saved.ram if ram.path != then[ram.id]}
+        return with_ram_paths(self.made.argv, moved) if moved else self.made.argv
 
     def _greet(self, control: socket.socket) -> Monitor:
         waiting = select.poll()

@@ -76,11 +76,21 @@ class Saver:
         self._monitor: Monitor | None = None
         self._known: SavedGuest | None = None
         self._touched = False
+        self._asleep = False
 
     @property
     def monitor(self) -> Monitor:
         assert self._monitor is not None, "prepare() comes first"
         return self._monitor
+
+    @property
+    def process(self) -> Process:
+        assert self._process is not None, "prepare() comes first"
+        return self._process
+
+    def touched(self) -> None:
+        """Somebody has changed its settings: `undo` puts them back."""
+        self._touched = True
 
     @property
     def known(self) -> SavedGuest:
@@ -112,7 +122,7 @@ class Saver:
         """
         step = f"suspend {self.guest.label}"
         self._touched = True
-        self._known = replace(self.known, suspended=True)
+        self._asleep = True
         seen = self.monitor.event_count
         try:
             with Agent(self.known.agent, pid=self.guest.process.pid) as agent:
@@ -217,7 +227,7 @@ class Saver:
         if not self._touched or self._monitor is None or self._known is None:
             self.close()
             return go_on(self.guest, None, suspended=False)
-        went = go_on(self.guest, self._monitor, suspended=self._known.suspended)
+        went = go_on(self.guest, self._monitor, suspended=self._asleep)
         if went.well:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)

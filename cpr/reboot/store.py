@@ -143,6 +143,18 @@ def clean(path: str, manifest: Manifest) -> None:
             drop_current(os.path.dirname(path))
 
 
+def forget(path: str) -> None:
+    """Remove the manifest of a guest that was saved by hand and runs on, and what belongs to it. Never raises."""
+    directory = path.removesuffix(MANIFEST_SUFFIX) + OLD_SUFFIX
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+    for name in (path, path.removesuffix(MANIFEST_SUFFIX)):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def _remove(guest: SavedGuest, kept: set[str]) -> None:
     if guest.state is not None:
         with contextlib.suppress(OSError):

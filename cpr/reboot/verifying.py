@@ -9,8 +9,10 @@ Out of scope: loading (restoring.py).
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.errors import CprError, Exit
@@ -58,6 +60,23 @@ def verify(saved: SavedGuest, manifest: Manifest) -> None:
         reasons.append(f"it ran in namespaces of its own ({', '.join(saved.own_namespaces)}), which are gone")
     if reasons:
         raise NotRestorable(saved.label, tuple(reasons))
+
+
+def located(saved: SavedGuest) -> SavedGuest:
+    """With the paths that its RAM has in this boot: names of DAX devices are counted anew."""
+    ram = tuple(replace(r, path=_path_of(r)) if r.storage.kind is Backing.DEVDAX else r for r in saved.ram)
+    return saved if ram == saved.ram else replace(saved, ram=ram)
+
+
+def _path_of(ram: SavedRam) -> str:
+    """The device that has the identity, whatever it is called; the old name where there is none."""
+    wanted = identity(ram.storage)
+    for path in [ram.path, *sorted(glob.glob("/dev/dax*"))]:
+        with contextlib.suppress(OSError):
+            storage = dax.storage_of(path)
+            if storage.kind is Backing.DEVDAX and identity(storage) == wanted:
+                return path
+    return ram.path
 
 
 def _result(saved: SavedGuest) -> str:

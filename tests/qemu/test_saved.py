@@ -81,6 +81,7 @@ def test_a_guest_is_known_again_once(lab: Lab, builds: Callable[[str], QemuBuild
     lab.start([*known.likeness.argv, "-S", "-incoming", "defer"], name="again")
     with connected(str(guest.qmp)) as monitor:
         prepare(monitor)
+        assert known.state is not None
         monitor.execute("migrate-incoming", uri=f"file:{known.state.path}")
         completed(monitor)
         assert wrong(known) == [], "loading changed nothing"
@@ -95,6 +96,7 @@ def test_a_guest_is_known_again_once(lab: Lab, builds: Callable[[str], QemuBuild
 def wrong(known: SavedGuest) -> list[str]:
     (block,) = known.ram
     assert block.stamp is not None
+    assert known.state is not None
     found = [*state_differences(known.state), *(line for one in known.disks for line in disk_differences(one))]
     return found + list(stamp.differences(block.stamp, block.path, identity(block.storage)))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.app import World
 from cpr.errors import AS_BEFORE, RUNS_NEW, Busy, CprError, Exit, NoSuchGuest
-from cpr.model import Candidate, Finding, Guest, Host, Outcome, Plan, Rehearsal, Status, Step, Target
+from cpr.model import Candidate, Finding, Guest, Host, NextKernel, Outcome, Plan, Rehearsal, Status, Step, Target
 from tests.unit.checks import facts
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class FakeHost:
     rehearsed: list[str] = field(default_factory=list)
     keepers: list[FakeKeeper] = field(default_factory=list)
     started: threading.Event = field(default_factory=threading.Event)
+    kernel: NextKernel = field(default_factory=facts.next_kernel)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked for of the next kernel."""
     busy: dict[int, Busy] = field(default_factory=dict)
     """By the pid of the guest."""
 
@@ -147,6 +150,10 @@ class FakeHost:
         self.rehearsed.append(guest.name)
         return self.rehearsal
 
+    def next_kernel(self, state_directory: str, **named: Any) -> NextKernel:
+        self.kernels.append({"state_directory": state_directory, **named})
+        return replace(self.kernel, unsaved=named.get("unsaved", ()))
+
     def start(self, plan: Plan, run_id: str, timeout: float, max_downtime: float) -> FakeKeeper:
         keeper = FakeKeeper(plan, self.endings.get(plan.guest.name, Exit.OK), wait=self.waiting)
         self.keepers.append(keeper)
@@ -165,4 +172,5 @@ class FakeHost:
             engines=self.engines,
             new_run_id=lambda: "20261120T101500-3f2a",
             claimed=lambda process: self.busy.get(process.pid),
+            next_kernel=self.next_kernel,
         )

@@ -11,7 +11,7 @@ import pytest
 from cpr import app
 from cpr.app.update import worst
 from cpr.errors import BinaryUnusable, Busy, Exit, MonitorError, MonitorHeld, NoSuchGuest, PrivilegeError, UsageError
-from cpr.model import Backing, Outcome, Status
+from cpr.model import Backing, Outcome, Status, Storage
 from cpr.progress import Silent
 from tests.unit import values
 from tests.unit.checks import facts
@@ -274,14 +274,19 @@ def test_list_rehearses_nothing_and_judges_every_engine() -> None:
 def test_info() -> None:
     host = FakeHost()
     host.add("shm")
-    host.add("disk", ram=(replace(values.ram(), backing=Backing.DISK_FILE),))
+    on_disk = Storage(kind=Backing.DISK_FILE, path="/vm/ram", filesystem="ext4", disks=("sda",))
+    host.add("disk", ram=(replace(values.ram(), backing=Backing.DISK_FILE, storage=on_disk),))
     host.add("plain", ram=VOLATILE)
     modes = {name: app.info(name, app.Choices(), host.world()) for name in host.guests}
-    assert {name: (m.restart, m.survives_kexec) for name, m in modes.items()} == {
-        "shm": (("handover",), False),
-        "disk": (("handover",), True),
-        "plain": ((), False),
+    assert {name: (m.restart, m.kept, m.can_reboot) for name, m in modes.items()} == {
+        "shm": (("handover",), False, False),
+        "disk": (("handover",), True, True),
+        "plain": ((), False, False),
     }
+    assert "sda" in modes["disk"].words
+    assert "ram0: a memfd" in modes["shm"].words
+    assert [f.check for f in modes["shm"].reboot.blockers] == ["ram-volatile-over-kexec"]
+    assert host.rehearsed == []
 
 
 def test_check_and_show() -> None:

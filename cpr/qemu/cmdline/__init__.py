@@ -19,11 +19,29 @@ from cpr.qemu.cmdline.edit import (
     with_program,
     without,
     without_gdb,
+    without_user,
 )
-from cpr.qemu.cmdline.edit_chardevs import with_chardev_fd, with_chardev_null, with_log_append
-from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd, without_reservation
-from cpr.qemu.cmdline.edit_net import with_netdev_fds, with_netdev_null, without_hostfwd
-from cpr.qemu.cmdline.edit_vnc import with_vnc_detached
+from cpr.qemu.cmdline.edit_chardevs import (
+    with_chardev_address,
+    with_chardev_fd,
+    with_chardev_null,
+    with_log_append,
+    without_waiting,
+)
+from cpr.qemu.cmdline.edit_memory import (
+    with_memory_backend_fd,
+    with_memory_backend_file,
+    with_memory_backend_memfd,
+    without_reservation,
+)
+from cpr.qemu.cmdline.edit_net import (
+    with_hostfwd,
+    with_netdev_fds,
+    with_netdev_name,
+    with_netdev_null,
+    without_hostfwd,
+)
+from cpr.qemu.cmdline.edit_vnc import with_vnc_addresses, with_vnc_detached
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
 from cpr.qemu.cmdline.params import CommandLineError, Params, parse_params, parse_size
 from cpr.qemu.cmdline.queries import (
@@ -69,21 +87,28 @@ __all__ = [
     "parse_size",
     "remove_appended",
     "settings",
+    "with_chardev_address",
     "with_chardev_fd",
     "with_chardev_null",
     "with_fd_number",
     "with_fd_numbers",
     "with_generation_id",
+    "with_hostfwd",
     "with_log_append",
     "with_machine_type",
     "with_memory_backend_fd",
+    "with_memory_backend_file",
     "with_memory_backend_memfd",
     "with_netdev_fds",
+    "with_netdev_name",
     "with_netdev_null",
     "with_program",
+    "with_vnc_addresses",
     "with_vnc_detached",
     "without",
     "without_gdb",
     "without_hostfwd",
     "without_reservation",
+    "without_user",
+    "without_waiting",
 ]

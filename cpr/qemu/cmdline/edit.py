@@ -57,6 +57,20 @@ def without(cmdline: CommandLine, names: Iterable[str]) -> CommandLine:
     return cmdline.mapped(lambda option: () if option.name in gone else option)
 
 
+def without_user(cmdline: CommandLine) -> CommandLine:
+    """No -runas and no -run-with user=: for a QEMU that is started as that user, which may not become it again."""
+
+    def edited(option: Option) -> Option | tuple[()]:
+        if option.name == "runas":
+            return ()
+        if option.name != "run-with" or "user" not in option.params:
+            return option
+        left = option.params.without("user")
+        return option.with_params(left) if left.names() else ()
+
+    return cmdline.mapped(edited)
+
+
 def for_incoming(cmdline: CommandLine) -> CommandLine:
     """`-S -incoming defer` at the end, in place of any there. Applied twice it changes nothing more."""
     return without(cmdline, ("S", "incoming")).appended(Option("S"), Option("incoming", "defer"))

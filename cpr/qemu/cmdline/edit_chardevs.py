@@ -49,6 +49,37 @@ def with_chardev_fd(cmdline: CommandLine, label: str, fd: int, *, server: bool, 
     return cmdline.replaced(index, option.with_params(changed))
 
 
+def with_chardev_address(
+    cmdline: CommandLine, label: str, *, path: str = "", host: str = "", port: int = 0, server: bool
+) -> CommandLine:
+    """A socket chardev given back an address in place of a number: a UNIX `path` ('@name': abstract), else TCP.
+
+    Nobody is waited for. What frames the stream, the log and mux stay.
+    """
+    cmdline, index = find_chardev(cmdline, label)
+    option = cmdline.options[index]
+    changed = option.params.without(*_ADDRESS)
+    if path.startswith("@"):
+        changed = changed.with_({"path": path[1:], "abstract": True})
+    elif path:
+        changed = changed.with_({"path": path})
+    else:
+        changed = changed.with_({"host": host, "port": str(port)})
+    if server:
+        changed = changed.with_({"server": True, "wait": False})
+    return cmdline.replaced(index, option.with_params(changed))
+
+
+def without_waiting(cmdline: CommandLine) -> CommandLine:
+    """No chardev makes QEMU stand still at its start until a client comes (`wait`, which is on where nobody says)."""
+    cmdline = normalise_chardevs(cmdline)
+    for index, option in cmdline.find("chardev"):
+        params = option.params
+        if params.get("backend") == "socket" and params.flag("server") and params.flag("wait", True):
+            cmdline = cmdline.replaced(index, option.with_params(params.with_({"wait": False})))
+    return cmdline
+
+
 def with_chardev_null(cmdline: CommandLine, label: str) -> CommandLine:
     """The null device in place of whatever it was; label, mux and log stay."""
     cmdline, index = find_chardev(cmdline, label)

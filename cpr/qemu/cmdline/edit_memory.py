@@ -1,4 +1,4 @@
-"""Edits of memory backends: RAM by an inherited descriptor.
+"""Edits of memory backends: RAM by an inherited descriptor, or by the file that it is.
 
 `memory-backend-file` with `mem-path=/proc/self/fd/N` is a named file to QEMU, so its migration stream can skip it
 (x-ignore-shared, from 8.1 on only named files), leaves nothing on a disk and knows no limit of /dev/shm.
@@ -22,14 +22,21 @@ _NAMED_SHORT = frozenset({"memory-backend-ram", "memory-backend-shm"})
 def with_memory_backend_fd(cmdline: CommandLine, backend_id: str, fd: int, *, share: bool = True) -> CommandLine:
     """The backend `backend_id`, of any type, made a file that is already open as `fd`.
 
+    `share=False` maps it copy-on-write: for a rehearsal over a guest's own RAM.
+    """
+    return with_memory_backend_file(cmdline, backend_id, f"/proc/self/fd/{fd}", share=share)
+
+
+def with_memory_backend_file(cmdline: CommandLine, backend_id: str, path: str, *, share: bool = True) -> CommandLine:
+    """The backend `backend_id`, of any type, made the file or device at `path`, whose content counts.
+
     Gone is what populates or places pages (prealloc, policy, host-nodes) or belongs to memfds alone; `discard-data`
-    is off, for the RAM outlives the process. Size, alignment, pmem, readonly, rom, merge and dump stay. `share=False`
-    maps it copy-on-write: for a rehearsal over a guest's own RAM.
+    is off, for the RAM outlives the process. Size, alignment, pmem, readonly, rom, merge and dump stay.
     """
     index, params = _find(cmdline, backend_id)
     short = params.get("qom-type") in _NAMED_SHORT and _CANONICAL not in params
     changed = params.without(*_POPULATING, *_OF_MEMFD)
-    changed = changed.with_({"qom-type": "memory-backend-file", "mem-path": f"/proc/self/fd/{fd}"})
+    changed = changed.with_({"qom-type": "memory-backend-file", "mem-path": path})
     changed = changed.with_({"share": share})
     if "discard-data" in changed:
         changed = changed.with_({"discard-data": False})

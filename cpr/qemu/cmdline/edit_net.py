@@ -1,12 +1,13 @@
-"""Edits of the network: taps by inherited descriptors, null back ends, forwardings taken away to be handed back."""
+"""Edits of the network: taps by inherited descriptors or by name, null back ends, forwardings away and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cpr.qemu.cmdline.argv import CommandLine
 from cpr.qemu.cmdline.facts import Hostfwd, Netdev
-from cpr.qemu.cmdline.params import CommandLineError, Params
+from cpr.qemu.cmdline.params import CommandLineError, Item, Params
 from cpr.qemu.cmdline.queries import devices
 from cpr.qemu.cmdline.query_io import netdevs
 
@@ -50,6 +51,20 @@ def with_netdev_fds(
     return cmdline.replaced(found.index, option.with_params(params))
 
 
+def with_netdev_name(
+    cmdline: CommandLine, which: str | int, ifname: str, *, queues: int = 1, vhost: bool = False
+) -> CommandLine:
+    """A tap that is there already, opened by its name: no script is run, as somebody else has set it up."""
+    found = find_netdev(cmdline, which)
+    params = found.params.without(*_MADE_BY_QEMU, *_DESCRIPTORS, "vhost")
+    params = params.with_({"type": "tap", "ifname": ifname, "script": "no", "downscript": "no"})
+    if queues > 1:
+        params = params.with_({"queues": str(queues)})
+    if vhost:
+        params = params.with_({"vhost": True})
+    return cmdline.replaced(found.index, cmdline.options[found.index].with_params(params))
+
+
 def with_netdev_null(cmdline: CommandLine, which: str | int, fds: Sequence[int] = ()) -> CommandLine:
     """Nothing outside behind the NIC: the port of a hub of its own, or throw-away taps where `fds` are given.
 
@@ -83,6 +98,17 @@ def without_hostfwd(cmdline: CommandLine) -> tuple[CommandLine, tuple[Hostfwd, .
         option = cmdline.options[found.index]
         cmdline = cmdline.replaced(found.index, option.with_params(found.params.without("hostfwd")))
     return cmdline, tuple(taken)
+
+
+def with_hostfwd(cmdline: CommandLine, which: str | int, rules: Sequence[str]) -> CommandLine:
+    """A user network that forwards these host ports, and no others."""
+    found = find_netdev(cmdline, which)
+    option, params = cmdline.options[found.index], found.params.without("hostfwd")
+    if params.json is not None:
+        params = replace(params, json={**params.json, "hostfwd": [{"str": rule} for rule in rules]})
+    else:
+        params = replace(params, items=(*params.items, *(Item("hostfwd", rule) for rule in rules)))
+    return cmdline.replaced(found.index, option.with_params(params))
 
 
 def queues_of(cmdline: CommandLine, which: str | int) -> int:

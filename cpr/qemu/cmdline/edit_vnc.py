@@ -1,12 +1,13 @@
-"""Edits of displays: VNC servers that listen nowhere until they are given a listener."""
+"""Edits of displays: VNC servers that listen nowhere until they are given a listener, or where they are told to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cpr.qemu.cmdline.argv import CommandLine, Option
 from cpr.qemu.cmdline.facts import Vnc
-from cpr.qemu.cmdline.params import Form, Item
+from cpr.qemu.cmdline.params import CommandLineError, Form, Item
 from cpr.qemu.cmdline.query_io import displays
 
 
@@ -27,3 +28,19 @@ def with_vnc_detached(cmdline: CommandLine) -> tuple[CommandLine, tuple[Vnc, ...
         spelling = cmdline.options[display.index].spelling if display.option == "vnc" else ""
         cmdline = cmdline.replaced(display.index, Option("vnc", params.render(), spelling))
     return cmdline, tuple(taken)
+
+
+def with_vnc_addresses(cmdline: CommandLine, vnc_id: str, addresses: Sequence[str]) -> CommandLine:
+    """The VNC server `vnc_id` made to listen at `addresses` (`127.0.0.1:1`, `unix:/run/vnc`) and nowhere else.
+
+    Raises `CommandLineError` where there is no such server.
+    """
+    for display in displays(cmdline):
+        if display.vnc is None or display.vnc.id != vnc_id:
+            continue
+        kept = display.params.without("vnc", "to")
+        first = Item("vnc", addresses[0], Form.IMPLIED)
+        params = replace(kept, items=(first, *(Item("vnc", text) for text in addresses[1:]), *kept.items))
+        spelling = cmdline.options[display.index].spelling if display.option == "vnc" else ""
+        return cmdline.replaced(display.index, Option("vnc", params.render(), spelling))
+    raise CommandLineError(f"no VNC server {vnc_id!r} in the command line")

@@ -16,6 +16,7 @@ from cpr.model import (
     Guest,
     GuestAgent,
     NextKernel,
+    NotHadAgain,
     OpenFile,
     Severity,
     Storage,
@@ -411,6 +412,9 @@ NVME = (device("vfio-pci", "nvme0"),)
 DISK = Storage(kind=Backing.DISK_FILE, path="/vm/ram0", filesystem="ext4", disks=("sda",))
 BARE = next_kernel(command_line="ro quiet")
 MDEV = "/sys/bus/mdev/devices/83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+NO_SET = NotHadAgain("-add-fd set 2", "fd=9 was passed in", "give the path")
+LIBVIRT, CONTAINER = Supervisor(kind="libvirt", who="libvirt"), Supervisor(kind="container", who="pod")
+SERVICE, SHELL = Supervisor(kind="systemd", who="web1.service"), Supervisor(kind="parent", who="bash (pid 7)")
 RAM_KINDS = (Backing.ANONYMOUS, Backing.MEMFD, Backing.TMPFS, Backing.HUGETLB, Backing.GUEST_MEMFD, Backing.UNKNOWN)
 
 KEXEC = [
@@ -468,6 +472,26 @@ KEXEC = [
     over("vfio-no-agent", "no vfio", on_dax()),
     over("vfio-mdev", "it is", on_dax("-device", f"vfio-pci,id=g0,sysfsdev={MDEV}"), [(B, "g0")]),
     over("vfio-mdev", "a PCI device", on_dax("-device", "vfio-pci,sysfsdev=/sys/bus/pci/devices/0000:03:00.0")),
+    over("descriptor-not-recreated", "a set of descriptors", on_dax(not_had_again=(NO_SET,)), [(B, "-add-fd set 2")]),
+    over("descriptor-not-recreated", "RAM that is lost anyhow", guest(not_had_again=(NotHadAgain("ram0", "w", "h"),))),
+    over("descriptor-not-recreated", "RAM that would be kept",
+         on_dax(not_had_again=(NotHadAgain("ram0", "w", "h"),)), [(B, "ram0")]),
+    over("needed-after-boot", "of each kind",
+         on_dax(needed_after_boot=(("interface", "tap0"), ("bridge", "br0"), ("socket", "/s"), ("address", "h:1"))),
+         [(N, "tap0"), (N, "br0"), (N, "/s"), (N, "h:1")]),
+    over("needed-after-boot", "nothing", on_dax()),
+    over("namespace-own", "two", on_dax(own_namespaces=("mnt", "net")), [(B, "mnt, net")]),
+    over("namespace-own", "none", on_dax(namespaces=(("mnt", 7),))),
+    over("stdio-after-boot", "a log", on_dax(open_files=(open_file(2, "file", "/var/log/web1"),)), [(N, "stdio")]),
+    over("stdio-after-boot", "a console", on_dax(chardevs=(chardev("c", backend="stdio"),)), [(N, "stdio")]),
+    over("stdio-after-boot", "a daemon", on_dax(open_files=(open_file(2, "device", "/dev/null"),))),
+    over("supervised-after-boot", "libvirt and a container", on_dax(supervisors=(LIBVIRT, CONTAINER)),
+         [(B, "libvirt libvirt"), (B, "container pod")]),
+    over("supervised-after-boot", "a service and a shell", on_dax(supervisors=(SERVICE, SHELL)),
+         [(N, "systemd web1.service"), (N, "parent bash (pid 7)")]),
+    over("supervised-after-boot", "a service that would start again",
+         on_dax(supervisors=(SERVICE,), unguarded_unit="web1.service"), [(B, "systemd web1.service")]),
+    over("supervised-after-boot", "nobody", on_dax()),
     over("not-migratable", "VFIO, which is judged by its agent", on_dax(blocked_reasons=("VFIO migration ...",))),
     over("not-migratable", "9p", on_dax(blocked_reasons=("9p is mounted",)), [(B, "migration")]),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 from cpr.cli import main
 from cpr.cli.output import use_color
 from cpr.errors import BinaryUnusable, Exit, MonitorHeld, PrivilegeError
-from cpr.model import Backing
+from cpr.model import Backing, Storage
 from tests.unit import values
 from tests.unit.fake_world import FakeHost
 
@@ -51,7 +51,7 @@ class Cpr:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     made = FakeHost()
-    for module in ("examine", "update"):
+    for module in ("examine", "modes", "rebootable", "update"):
         monkeypatch.setattr(f"cpr.app.{module}.real_world", made.world)
     monkeypatch.setenv("CPR_RUN_DIR", str(tmp_path))
     monkeypatch.setattr("cpr.config.FILES", ())
@@ -133,6 +133,60 @@ def test_check(cpr: Cpr) -> None:
     assert [f["check"] for f in document["guests"][1]["findings"]] == ["ram-volatile", "busy-job"]
 
 
+ON_DISK = Storage(kind=Backing.DISK_FILE, path="/vm/ram", filesystem="ext4", disks=("sda",))
+SAVABLE = (replace(values.ram(), backing=Backing.DISK_FILE, storage=ON_DISK),)
+
+
+def test_check_of_a_jump(cpr: Cpr) -> None:
+    cpr.host.add("web1", ram=SAVABLE)
+    assert cpr("check", "--kexec") == Exit.OK
+    assert "jump into 7.2" in cpr.out
+    assert "web1 (pid 4242), QEMU 7.2.22 -> 11.1.3: can be saved, and restored after the boot, 1 warning(s)" in cpr.out
+    assert "this host can go on" in cpr.out
+    assert cpr("check", "--kexec", "--exit-code") == Exit.WOULD_UPDATE
+    cpr.host.add("db", ram=VOLATILE)
+    assert cpr("check", "--kexec") == Exit.BLOCKED
+    assert "cannot be saved, 1 blocker(s)" in cpr.out
+    assert "[ram-volatile-over-kexec] ram0" in cpr.out
+    assert cpr.out.rstrip().endswith("nothing is saved")
+    assert cpr("check", "web1", "--kexec") == Exit.BLOCKED
+    assert "[guest-not-saved] db (pid 4243)" in cpr.out
+    assert cpr("check", "web1", "--kexec", "--abandon", "db") == Exit.OK
+    assert "db: will be lost, as asked" in cpr.out
+
+
+def test_the_document_of_a_jump(cpr: Cpr) -> None:
+    cpr.host.add("web1", ram=SAVABLE)
+    cpr.host.add("db", ram=VOLATILE)
+    code, document = cpr.json("check", "--kexec", "--abandon", "db", "--append", "ro", "--reuse-cmdline")
+    assert (code, document["status"], document["mode"], document["abandoned"]) == (0, "ok", "reboot", ["db"])
+    assert document["kernel"]["release"] == "7.2"
+    assert [g["name"] for g in document["guests"]] == ["web1"]
+    assert document["findings"] == []
+    assert (cpr.host.kernels[-1]["append"], cpr.host.kernels[-1]["reuse"]) == ("ro", True)
+    code, document = cpr.json("check", "web1", "--kexec")
+    assert (code, document["status"], document["exit_code"]) == (3, "blocked", 3)
+    assert [f["check"] for f in document["findings"]] == ["guest-not-saved"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--kernel", "/k"),
+        ("--append", "ro"),
+        ("--reuse-cmdline",),
+        ("--abandon", "x"),
+        ("--kexec", "--engine", "handover"),
+        ("--kexec", "--initrd", "/i"),
+        ("--kexec", "--ignore", "no-such-check"),
+    ],
+)
+def test_what_cannot_be_meant_of_a_jump(cpr: Cpr, words: tuple[str, ...]) -> None:
+    cpr.host.add("web1", ram=VOLATILE)
+    assert cpr("check", *words) == Exit.USAGE
+    assert cpr.err
+
+
 def test_check_with_exit_code(cpr: Cpr) -> None:
     cpr.host.add("new", binary=UP_TO_DATE)
     assert cpr("check", "--exit-code") == Exit.OK
@@ -150,9 +204,15 @@ def test_info(cpr: Cpr) -> None:
     cpr.host.add("web1")
     assert cpr("info", "web1") == Exit.OK
     assert "restart: handover" in cpr.out
-    assert "reboot: no (RAM that a kexec loses: ram0)" in cpr.out
+    assert "reboot: no (ram0: a memfd is RAM of this kernel" in cpr.out
+    assert "[ram-volatile-over-kexec] ram0" in cpr.out
     _, document = cpr.json("info", "web1")
     assert (document["guest"]["restart"], document["guest"]["reboot"]) == (["handover"], False)
+    assert [f["check"] for f in document["guest"]["reboot_blockers"]] == ["ram-volatile-over-kexec"]
+    assert [(r["id"], r["kept"]) for r in document["guest"]["ram"]] == [("ram0", False)]
+    cpr.host.add("disk", ram=SAVABLE)
+    assert cpr("info", "disk") == Exit.OK
+    assert "reboot: yes (ram0: a file on a disk (sda))" in cpr.out
 
 
 def test_update(cpr: Cpr) -> None:
@@ -322,7 +382,7 @@ def test_errors(cpr: Cpr, arguments: list[str], code: int, words: str) -> None:
     assert words in document["error"]["message"]
 
 
-@pytest.mark.parametrize("command", ["save", "load", "restore", "attach", "stop", "report", "frobnicate"])
+@pytest.mark.parametrize("command", ["attach", "stop", "report", "frobnicate"])
 def test_what_comes_later_is_not_offered(cpr: Cpr, command: str) -> None:
     assert cpr(command) == Exit.USAGE
     assert f"No such command '{command}'" in cpr.err
