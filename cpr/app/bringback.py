@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.app.examine import in_parallel
-from cpr.errors import NEEDS_YOU, RUNS_NEW, BinaryUnusable, CprError, Exit
+from cpr.errors import NEEDS_YOU, RUNS_NEW, BinaryUnusable, CprError, Exit, Interrupted
 from cpr.journal import run_directory
 from cpr.model import Outcome, Status, Target
 from cpr.reboot import manifest as manifests
@@ -102,19 +102,25 @@ def bring_back(
     world: World,
     jobs: int = JOBS,
     progress: Callable[[SavedGuest, str], None] = lambda guest, text: None,
+    interrupted: Callable[[], Exit | None] = lambda: None,
 ) -> tuple[Back, ...]:
     """Restore guests of the manifest at `path`, which the caller holds. One that fails does not stop the others.
 
     `qemu`: "" for the QEMU that was meant when it was saved, and where that does not take it the old one; a path, or
-    `old`, for this one and no other.
+    `old`, for this one and no other. Once `interrupted` answers, what is not loaded stays saved.
     """
     book = _Book(path, manifest)
+
+    def attend() -> None:
+        if interrupted() is not None:
+            raise Interrupted("interrupted")
 
     def one(saved: SavedGuest) -> Back:
         began = time.monotonic()
         progress(saved, "restore")
         try:
-            target, restored = _restore(saved, manifest, book, qemu, world)
+            attend()
+            target, restored = _restore(saved, manifest, book, qemu, world, attend)
             back = Back(saved=saved, restored=restored, target=target)
         except CprError as error:
             back = Back(saved=saved, error=error)
@@ -131,24 +137,25 @@ def bring_back(
 
 
 def _restore(
-    saved: SavedGuest, manifest: Manifest, book: _Book, qemu: str, world: World
+    saved: SavedGuest, manifest: Manifest, book: _Book, qemu: str, world: World, attend: Callable[[], None]
 ) -> tuple[Target, Restored]:
     """In the QEMU that is wanted, or, where nobody named one, in the old one."""
     wanted = OLD if qemu == OLD else qemu or saved.binary_after.path
     try:
-        return _restore_in(saved, manifest, book, wanted, world)
+        return _restore_in(saved, manifest, book, wanted, world, attend)
     except (NotRestored, BinaryUnusable) as error:
         result = next(g.restore.result for g in book.manifest.guests if g.pid == saved.pid)
         if qemu or not saved.pinned_binary or result is not Result.OPEN:
             raise
         refused = error.message
-    target, restored = _restore_in(saved, manifest, book, OLD, world)
+    attend()
+    target, restored = _restore_in(saved, manifest, book, OLD, world, attend)
     restored.differences.append(f"it is back in the old QEMU, for the new one did not take it: {refused}")
     return target, restored
 
 
 def _restore_in(
-    saved: SavedGuest, manifest: Manifest, book: _Book, wanted: str, world: World
+    saved: SavedGuest, manifest: Manifest, book: _Book, wanted: str, world: World, attend: Callable[[], None]
 ) -> tuple[Target, Restored]:
     program = _program(saved, wanted, world)
 
@@ -156,7 +163,7 @@ def _restore_in(
         tries = saved.restore.tries + 1
         book.note(saved, result=Result.LOADED, pid=pid, start_time=start_time, words="", tries=tries)
 
-    restored = restore(saved, manifest, program, log=_log(saved), loaded=loaded)
+    restored = restore(saved, manifest, program, log=_log(saved), loaded=loaded, attend=attend)
     try:
         book.note(saved, result=Result.RESTORED)
     except OSError as error:  # it is written down that it was loaded: that is what matters

@@ -183,7 +183,13 @@ def locked(guest: Guest, command: str) -> Iterator[None]:
         raise Busy(f"{who} is working on {guest.label}", held.holder, hint="wait for it") from None
 
 
-def load(path: str, *, qemu: str = "", world: World | None = None) -> Back:
+def load(
+    path: str,
+    *,
+    qemu: str = "",
+    interrupted: Callable[[], Exit | None] = lambda: None,
+    world: World | None = None,
+) -> Back:
     """Load the guest that was saved to `path`. `qemu`: a path, `old` for the copy of the one it was saved from.
 
     Raises:
@@ -201,7 +207,9 @@ def load(path: str, *, qemu: str = "", world: World | None = None) -> Back:
             raise CprError(
                 f"{path}: its save was not brought to an end ({manifest.phase})", hint=f"cpr recover {manifest_path}"
             )
-        (back,) = bringback.bring_back(manifest_path, manifest, manifest.guests, qemu=qemu, world=world)
+        (back,) = bringback.bring_back(
+            manifest_path, manifest, manifest.guests, qemu=qemu, world=world, interrupted=interrupted
+        )
         if back.error is not None:
             raise back.error
         return back

@@ -5,7 +5,7 @@
     one whose state was loaded already           is told to go on
     one that has ended, and was not saved        is lost, and said so
 
-After a boot it is `cpr restore` that goes on.
+After a boot it is `cpr restore` that goes on; only what is loaded already is told to run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from cpr.reboot.goingon import go_on
 from cpr.reboot.manifest import Phase, Restore, Result
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cpr.app.world import World
     from cpr.linux.lock import ProcessLock
     from cpr.reboot.manifest import Manifest, SavedGuest
@@ -67,8 +69,10 @@ def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, 
 def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
     """As `finish`, by who holds the manifest."""
     manifest = manifests.read_file(path)
-    if manifest.boot_id != proc.boot_id() or manifest.phase is Phase.UNDONE:
+    if manifest.phase is Phase.UNDONE:
         return ()
+    if manifest.boot_id != proc.boot_id():
+        return finish_loaded(path, manifest.guests)
     if manifest.release:
         with contextlib.suppress(CprError):
             world.unload_kernel()
@@ -83,7 +87,7 @@ def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
         outcomes += [_came_back(back) for back in backs]
         manifest = manifests.read_file(path)
     outcomes += [_lost(g) for g in ended if g.state is None]
-    outcomes += [_loaded(path, g) for g in manifest.guests if g.restore.result is Result.LOADED]
+    outcomes += finish_loaded(path, manifest.guests)
     if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes) and not _left(manifest):
         manifests.write_file(path, replace(manifests.read_file(path), phase=Phase.UNDONE))
         store.clean(path, manifest)
@@ -184,6 +188,14 @@ def _came_back(back: bringback.Back) -> Outcome:
     if back.restored is None:
         return outcome
     return replace(outcome, status=Status.ROLLED_BACK, exit_code=int(Exit.ROLLED_BACK), where=AS_BEFORE)
+
+
+def finish_loaded(path: str, guests: Iterable[SavedGuest]) -> tuple[Outcome, ...]:
+    """Of those whose state was loaded by a restore that died then: they go on. The manifest is held."""
+    outcomes = tuple(_loaded(path, g) for g in guests if g.restore.result is Result.LOADED)
+    if outcomes:
+        store.clean(path, manifests.read_file(path))
+    return outcomes
 
 
 def _loaded(path: str, saved: SavedGuest) -> Outcome:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DONE = b"done"
 LOCK_SECONDS = 30.0
 """The dead command's lock falls with it."""
+END_SECONDS = 5.0
 TRIES = 3
 AGAIN_SECONDS = 2.0
 
@@ -47,12 +48,15 @@ def guard(path: str) -> Iterator[int]:
     assert process.stdin is not None
     try:
         yield process.pid
-    finally:
+    except BaseException:  # what was not brought to an end is its business, when our locks have fallen
         with contextlib.suppress(OSError):
-            process.stdin.write(DONE)
             process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5.0)
+        raise
+    with contextlib.suppress(OSError):
+        process.stdin.write(DONE)
+        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 def main() -> None:
@@ -68,18 +72,22 @@ def main() -> None:
 
 
 def finish_alone(path: str) -> None:
-    """Finish it, whatever it takes; nobody is told."""
+    """Finish it, if there is anything left to be; nobody is told."""
     from cpr.app.finish import finish, watched
     from cpr.app.world import real_world
-    from cpr.errors import CprError, Exit
+    from cpr.errors import CprError, Exit, NotFound
 
     for _ in range(TRIES):
-        with contextlib.suppress(CprError, OSError):
+        try:
             if not watched(path):
                 return
             outcomes = finish(path, real_world(), patience=LOCK_SECONDS)
             if all(outcome.exit_code != Exit.NEEDS_ATTENTION for outcome in outcomes):
                 return
+        except NotFound:
+            return
+        except (CprError, OSError):
+            pass
         time.sleep(AGAIN_SECONDS)
 
 

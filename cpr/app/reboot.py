@@ -23,7 +23,7 @@ from cpr.app.saveall import Saving
 from cpr.app.update import Update, untouched
 from cpr.app.world import real_world
 from cpr.checks.registry import blockers
-from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted
+from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted, NotFound
 from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
@@ -60,6 +60,7 @@ def perform_reboot(
         return Update(run_id=run_id, outcomes=tuple(untouched(e) for e in check.guests))
     if not check.guests:
         raise Blocked("there is no guest to save", hint="systemctl kexec, or kexec -e, jumps without cpr")
+    _nobody_left()
     stop.working = True
     with contextlib.ExitStack() as held:
         for examined in check.guests:
@@ -71,6 +72,23 @@ def perform_reboot(
         path = os.path.join(directory, manifests.NAME)
         held.enter_context(store.hold(path, "update --kexec"))
         return _Reboot(check, choices, run_id, progress, stop, world, directory).run()
+
+
+def _nobody_left() -> None:
+    """Guests of an earlier reboot that are not back would be forgotten over a second one.
+
+    Raises:
+        Blocked: there are some. ManifestError: whether there are cannot be told.
+    """
+    try:
+        path = store.current()
+    except NotFound:
+        return
+    manifest = manifests.read_file(path)
+    if manifest.open:
+        names = ", ".join(g.label for g in manifest.open)
+        why = f"{names}: saved for an earlier reboot (run {manifest.run}), and not back"
+        raise Blocked(why, hint="cpr restore brings them back, cpr restore --give-up NAME gives one up")
 
 
 class _Reboot:
@@ -99,6 +117,16 @@ class _Reboot:
         self.manifest: Manifest | None = None
 
     def run(self) -> Update:
+        with contextlib.ExitStack() as guarded:
+            self._prepare(guarded)
+            try:
+                self._save()
+            except BaseException as error:
+                return self._undo(error)
+            return self._commit()
+
+    def _prepare(self, guarded: contextlib.ExitStack) -> None:
+        """All that can be done before a guest is touched."""
         try:
             self._say("load the kernel")
             self.world.load_kernel(self.check.kexec)
@@ -106,6 +134,7 @@ class _Reboot:
             self.saving.prepare()
             self._write(self._first())
             store.make_current(self.directory)
+            guarded.enter_context(self.world.guard(self.path))
         except BaseException:
             self.saving.close()
             with contextlib.suppress(OSError, CprError):
@@ -113,19 +142,13 @@ class _Reboot:
                     self._write(replace(self.manifest, phase=Phase.UNDONE))
             self._forget()
             raise
-        with self.world.guard(self.path):
-            try:
-                self._save()
-            except BaseException as error:
-                return self._undo(error)
-            return self._commit()
 
     def _attend(self) -> None:
         if self.stop.requested() is not None:
             raise Interrupted("interrupted before the commit")
         if time.monotonic() > self.began + self.timeout:
-            why = f"not done within {self.timeout:g} s"
-            raise DeadlinePassed("save the guests", why, hint="--timeout allows longer")
+            words = f"not done within {self.timeout:g} s"
+            raise DeadlinePassed("save the guests", words, hint="--timeout allows longer")
 
     def _save(self) -> None:
         self.saving.try_states()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.app import bringback
+from cpr.app.finish import finish_loaded
 from cpr.app.update import Update
 from cpr.app.world import World, real_world
 from cpr.errors import Blocked, NoSuchGuest
@@ -18,8 +19,9 @@ from cpr.reboot import store
 from cpr.reboot.manifest import Phase, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from cpr.errors import Exit
     from cpr.progress import Progress
     from cpr.reboot.manifest import Manifest, SavedGuest
 
@@ -33,6 +35,7 @@ def restore(
     directory: str = "",
     give_up: bool = False,
     progress: Progress,
+    interrupted: Callable[[], Exit | None] = lambda: None,
     world: World | None = None,
 ) -> Update:
     """Bring back the named guests of the open manifest, all where none is named; one that fails stops no other.
@@ -51,6 +54,8 @@ def restore(
         if manifest.boot_id == proc.boot_id() and manifest.phase not in ENDED:
             why = f"run {manifest.run} is of this boot, and was interrupted ({manifest.phase})"
             raise Blocked(why, hint="cpr recover", where="the guests are in their old QEMUs")
+        loaded = () if give_up else finish_loaded(path, manifest.guests)
+        manifest = manifests.read_file(path)
         chosen = tuple(find(manifest, name) for name in names) if names else manifest.open
         if give_up:
             return Update(run_id=manifest.run, outcomes=tuple(_given_up(path, manifest, chosen)))
@@ -60,13 +65,14 @@ def restore(
             {g.pid: g for g in chosen}.values(),
             qemu=qemu,
             world=world,
+            interrupted=interrupted,
             progress=lambda saved, text: progress.event(
                 saved.label, {"event": "step", "step": "Restore", "text": text, "state": "doing", "commit": False}
             ),
         )
         kernel = _kernel_note(manifest)
         outcomes = tuple(replace(o, notes=(*o.notes, *kernel)) for o in (back.outcome() for back in backs))
-        return Update(run_id=manifest.run, outcomes=outcomes)
+        return Update(run_id=manifest.run, outcomes=loaded + outcomes)
 
 
 def find(manifest: Manifest, name: str) -> SavedGuest:

@@ -63,8 +63,11 @@ def load_command(file: File, qemu: LoadQemu = "", json: Json = False) -> int:
     """Go on with a guest that was saved to FILE."""
     from cpr import app
     from cpr.cli import describe, documents
+    from cpr.cli.update import signals
 
-    outcome = app.load(file, qemu=qemu).outcome()
+    with signals() as stop:
+        stop.working = True
+        outcome = app.load(file, qemu=qemu, interrupted=stop.requested).outcome()
     if json:
         Output(json, "load").document(guest=documents.outcome(outcome))
     else:
@@ -89,12 +92,21 @@ def restore_command(
     """After the boot: bring back the guests that `cpr update --kexec` has saved."""
     from cpr import app
     from cpr.cli import describe, documents
-    from cpr.cli.update import progress_on
+    from cpr.cli.update import progress_on, signals
 
     if give_up and not guests:
         raise UsageError("--give-up without a guest: nobody would be asked which", hint="name the guests")
     progress = progress_on(sys.stderr, None)
-    update = app.restore(guests or [], qemu=qemu, directory=directory, give_up=give_up, progress=progress)
+    with signals() as stop:
+        stop.working = True
+        update = app.restore(
+            guests or [],
+            qemu=qemu,
+            directory=directory,
+            give_up=give_up,
+            progress=progress,
+            interrupted=stop.requested,
+        )
     progress.close()
     if json:
         Output(json, "restore").document(**{**documents.updated(update), "mode": "reboot"})

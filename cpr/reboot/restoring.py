@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
+from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
-from cpr.linux import cgroup, likeness, pci, proc
+from cpr.linux import likeness, pci, proc
 from cpr.linux.fds import Fd
 from cpr.linux.process import Process
 from cpr.model import Runstate
@@ -31,7 +32,9 @@ from cpr.qemu.agent import Agent
 from cpr.reboot.afresh import afresh, with_ram_paths
 from cpr.reboot.goingon import restore_mode, wake
 from cpr.reboot.knowledge import make_directories
+from cpr.reboot.manifest import Result
 from cpr.reboot.saving import CPR_REBOOT, has_mode
+from cpr.reboot.startable import end_left_behind, like_now, open_log
 from cpr.reboot.verifying import NotRestorable, located, verify
 
 if TYPE_CHECKING:
@@ -94,6 +97,12 @@ def restore(
     Raises:
         NotRestorable: it is not what it was; nothing was started. NotRestored: the new QEMU does not take it.
     """
+    mark = run_mark(manifest.run, saved.pid)
+    if saved.restore.result is Result.OPEN:
+        try:
+            end_left_behind(saved, mark)
+        except StepFailed as error:
+            raise _as_not_restored(saved, error, log) from None
     saved = located(saved)
     verify(saved, manifest)
     guest = saved.guest
@@ -102,11 +111,11 @@ def restore(
     target = program.target
     if program.copy:  # the copy passes for what it is a copy of
         target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
-    made = afresh(guest, target)
+    made = afresh(guest, target, mark=mark)
     if made.missing:
         reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
         raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
-    starting = _Starting(saved, guest, made, program, log, attend)
+    starting = _Starting(saved, guest, made, program, log, attend, mark)
     try:
         starting.prepare()
         monitor = starting.start()
@@ -134,7 +143,14 @@ class _Starting:
     """A new QEMU on its way."""
 
     def __init__(
-        self, saved: SavedGuest, guest: Guest, made: Afresh, program: Program, log: str, attend: Callable[[], None]
+        self,
+        saved: SavedGuest,
+        guest: Guest,
+        made: Afresh,
+        program: Program,
+        log: str,
+        attend: Callable[[], None],
+        mark: str,
     ) -> None:
         self.saved = saved
         self.guest = guest
@@ -142,6 +158,7 @@ class _Starting:
         self.program = program
         self.log = log
         self.attend = attend
+        self.mark = mark
         self.notes = list(made.notes)
         self._process: Process | None = None
         self._said_before = 0
@@ -156,6 +173,7 @@ class _Starting:
         make_directories(self.saved.directories)
         for device in self.saved.vfio:
             try:
+                pci.load_driver(device.driver)
                 pci.bind(device.address, device.driver)
             except OSError as error:
                 raise StepFailed(f"bind {device.address} to {device.driver}", str(error)) from None
@@ -168,7 +186,7 @@ class _Starting:
         argv, environ = list(self._argv()), list(self.made.environ)
         with contextlib.ExitStack() as held:
             held.callback(theirs.close)
-            log = held.enter_context(_log(self.log))
+            log = held.enter_context(open_log(self.log))
             self._said_before = os.fstat(log.number).st_size
             if self.program.copy:
                 descriptors[PROGRAM_NUMBER] = held.enter_context(Fd(os.open(binary.path, os.O_RDONLY | os.O_CLOEXEC)))
@@ -186,6 +204,7 @@ class _Starting:
                     descriptors=descriptors,
                     stdout=log,
                     stderr=log,
+                    mark=(MARK, self.mark),
                 )
             except OSError as error:
                 ours.close()
@@ -299,29 +318,6 @@ class _Starting:
             file.seek(self._said_before)
             return last_words(file.read(65536).decode(errors="replace"))
         return ""
-
-
-def _log(path: str) -> Fd:
-    return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-
-
-def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
-    """The likeness as it can be had now, and what is left out of it, in words.
-
-    Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
-    """
-    mounts = cgroup.own_mounts()
-    there, unmet = [], []
-    for entry in saved.likeness.cgroups:
-        place = cgroup.locate(entry, mounts)
-        if place is not None and os.path.isdir(place):
-            there.append(entry)
-        elif place is not None:
-            unmet.append(f"cgroup: {entry.path} is not there any more")
-    ours = proc.namespaces(os.getpid())
-    known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
-    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
-    return like, tuple(dict.fromkeys(unmet))
 
 
 def set_time(saved: SavedGuest, pid: int) -> list[str]:

@@ -56,7 +56,7 @@ def verify(saved: SavedGuest, manifest: Manifest) -> None:
         why = f"the QEMU that it was saved from (pid {saved.pid}) is still there"
         raise NotRestorable(saved.label, (why,), hint="cpr recover brings it to an end")
     reasons = [*_state(saved), *(line for ram in saved.ram for line in _ram(ram)), *_disks(saved), *_vfio(saved)]
-    if rebooted and saved.own_namespaces:
+    if saved.own_namespaces:
         reasons.append(f"it ran in namespaces of its own ({', '.join(saved.own_namespaces)}), which are gone")
     if reasons:
         raise NotRestorable(saved.label, tuple(reasons))
@@ -83,7 +83,7 @@ def _result(saved: SavedGuest) -> str:
     when = f"pid {saved.restore.pid}"
     return {
         Result.OPEN: "",
-        Result.LOADED: f"its state was loaded already ({when}): its RAM may have moved on",
+        Result.LOADED: f"its state was loaded already ({when}): its RAM may have moved on; cpr recover has it go on",
         Result.RESTORED: f"it was restored already ({when}): its RAM has moved on",
         Result.CONTINUED: "it went on in the QEMU that it was saved from: its RAM has moved on",
         Result.GIVEN_UP: "it was given up",

@@ -7,7 +7,8 @@ Run by the tests as `python -m tests.qemu.rebooting WORDS...`, which calls the c
     next_kernel                        is the real one, with what this container lacks left out: a kernel in /boot, the
                                        right to kexec, a unit that restores, the other guests of this host
     after a phase was written          it stands in $RECORD too; $KILL_AT names one at which we are killed
-                                       (SIGKILL), $HOLD_AT one at which we wait until there is a file $RECORD.go
+                                       (SIGKILL; "loaded": when a guest is), $HOLD_AT one at which we wait for
+                                       a file $RECORD.go
 
 Everything else is this machine: guests, state files, manifests, locks, the guardian.
 """
@@ -76,7 +77,8 @@ def write_and_die(path: str, manifest: Manifest) -> str:
     written = WRITE(path, manifest)
     with open(os.environ[RECORD], "a") as file:
         file.write(f"[{manifest.phase}]\n")
-    if os.environ.get(KILL_AT) == manifest.phase:
+    loaded = any(g.restore.result is manifests.Result.LOADED for g in manifest.guests)
+    if os.environ.get(KILL_AT) == (manifests.Result.LOADED if loaded else manifest.phase):
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get(HOLD_AT) == manifest.phase:
         while not os.path.exists(f"{os.environ[RECORD]}.go"):

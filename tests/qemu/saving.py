@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,24 @@ def shared_memory(lab: Lab) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def changed(path: Path, at: int, data: bytes) -> Iterator[None]:
+    """Other bytes in a file, for a while; its times are put back as well."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        before = file.read(len(data))
+        file.seek(at)
+        file.write(data)
+    try:
+        yield
+    finally:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @dataclass

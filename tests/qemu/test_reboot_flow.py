@@ -5,19 +5,25 @@ After the jump that was only recorded, `cpr restore` is called in this same boot
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cpr.model import MonitorAddress
+from cpr.qemu import qmp
+from cpr.reboot import manifest as manifests
 from tests.qemu.conftest import Result, qemus_of
 from tests.qemu.moving import monitor
 from tests.qemu.rebooting import HOLD_AT, KILL_AT, PIDS, RECORD, REFUSE
-from tests.qemu.saving import Subject, virtio
+from tests.qemu.saving import Subject, changed, virtio
 from tests.qemu.surveying import until
 
 if TYPE_CHECKING:
@@ -186,9 +192,6 @@ def test_the_third_of_three_cannot_be_saved(host: Host, builds: Builds) -> None:
     counts = host.counts()
     process = host.start("update", "--kexec", "-y", "--json", **{HOLD_AT: "saving"})
     host.wait("[saving]")
-    from cpr.model import MonitorAddress
-    from cpr.qemu import qmp
-
     with qmp.connect(MonitorAddress(label="m", path=str(host.lab.directory / "second2.qmp"))) as session:
         session.execute("device_add", driver="nvme", id="n0", serial="x", bus="rp0")
     host.go()
@@ -251,8 +254,77 @@ def test_killed(host: Host, builds: Builds, phase: str) -> None:
 
 
 @full
+def test_killed_with_its_guardian(host: Host, builds: Builds) -> None:
+    """Nobody is left: the guests stand still, updates are refused, and recover has them go on."""
+    host.guest(builds("10.0"))
+    host.guest(builds("10.0"))
+    counts = host.counts()
+    process = host.start("update", "--kexec", "-y", "--json", **{HOLD_AT: "saved"})
+    host.wait("[saved]")
+    (guardian,) = processes_with("cpr.app.guardian", str(host.state))
+    os.kill(guardian, signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=20)
+    time.sleep(1)
+    assert [g.status() for g in host.guests] == ["postmigrate"] * 2
+    blocked = host.update()
+    assert blocked.code == 75, str(blocked)
+    result = host.call("recover", "--json")
+    assert result.code == 6, str(result)
+    host.run_as_before(counts)
+
+
+def processes_with(*words: str) -> list[int]:
+    """Pids of processes in whose command line all of them stand."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            said = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+            if said and all(word in said for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+@full
+def test_a_restore_that_is_killed(host: Host, builds: Builds) -> None:
+    """Once its state is loaded it is not loaded again: it goes on, in the QEMU that has it."""
+    host.guest(builds("10.0"))
+    count = host.counts()[0]
+    assert host.update().code == 0
+    result = host.call("restore", **{KILL_AT: "loaded"})
+    assert result.code == -9, str(result)
+    (pid,) = qemus_of(host.lab)
+    host.guests[0].pid = pid
+    assert host.guests[0].status() == "paused"
+    result = host.restore()
+    assert result.code == 0, str(result)
+    assert qemus_of(host.lab) == [pid]
+    host.guests[0].counts_on(count)
+
+
+@full
+def test_a_qemu_left_from_an_attempt_that_was_killed(host: Host, builds: Builds) -> None:
+    """It had not got the state: it is ended, and the next attempt is not kept from the guest's RAM."""
+    host.guest(builds("10.0"))
+    count = host.counts()[0]
+    assert host.update().code == 0
+    process = host.start("restore")
+    until(lambda: qemus_of(host.lab), 20)
+    process.kill()
+    process.communicate(timeout=20)
+    result = host.restore()
+    assert result.code == 0, str(result)
+    assert len(qemus_of(host.lab)) == 1
+    host.guests[0].counts_on(count)
+
+
+@full
 def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
+<<<<<<< HEAD
     """All old QEMUs have ended; the guardian keeps still, for the host may be going down; recover brings them."""
+=======
+    """All old QEMUs have ended; the guardian keeps still, for the host may be going down; recover brings them back."""
+>>>>>>> h-core
     host.guest(builds("10.0"))
     host.guest(builds("10.0"))
     counts = host.counts()
@@ -265,6 +337,33 @@ def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
     host.found(result)
     for guest, count in zip(host.guests, counts, strict=True):
         guest.counts_on(count)
+
+
+@full
+def test_after_another_boot(host: Host, builds: Builds) -> None:
+    """One guest's memory was wiped (fake: the boot is, by its id in the manifest): it is refused, the other is back.
+
+    As long as it is not back, no second reboot is begun.
+    """
+    host.guest(builds("10.0"))
+    host.guest(builds("10.0"))
+    counts = host.counts()
+    assert host.update().code == 0
+    directory = str(host.state / "reboot" / os.readlink(host.state / "reboot" / "current"))
+    manifests.write(directory, replace(manifests.read(directory), boot_id="another boot"))
+    with changed(host.guests[1].ram, 0, bytes(32 << 20)):
+        result = host.restore()
+        assert result.code == 7, str(result)
+        assert statuses(result) == ["updated", "needs_attention"]
+        assert "the memory was wiped" in guests_of(result)[1]["error"]
+        host.guests[0].counts_on(counts[0])
+        again = host.update()
+        assert again.code == 3, str(again)
+        assert "guest1" in again.err
+    assert host.restore().code == 0
+    for guest, count in zip(host.guests, counts, strict=True):
+        guest.counts_on(count)
+    assert host.restore("guest1").code == 5, "nothing is open any more"
 
 
 @full

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.qemu.moving import monitor
-from tests.qemu.saving import Subject, shared_memory, virtio
+from tests.qemu.saving import Subject, changed, shared_memory, virtio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,24 +121,6 @@ def credentials(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def changed(path: Path, at: int, data: bytes) -> Iterator[None]:
-    """Other bytes in a file, for a while; its times are put back as well."""
-    times = path.stat()
-    with path.open("r+b") as file:
-        file.seek(at)
-        before = file.read(len(data))
-        file.seek(at)
-        file.write(data)
-    try:
-        yield
-    finally:
-        with path.open("r+b") as file:
-            file.seek(at)
-            file.write(before)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-@contextlib.contextmanager
 def cut(path: Path) -> Iterator[None]:
     """Half of a file."""
     data = path.read_bytes()
@@ -192,6 +174,7 @@ def test_what_is_not_what_it_was_is_refused(lab: Lab, cpr: Command, builds: Buil
     before = subject.guest.log.number
     subject.saved()
     disk, middle = lab.directory / "web1.disk", subject.file.stat().st_size // 2
+    name_at = subject.manifest.read_bytes().index(b"web1")
     flipped = bytes([subject.file.read_bytes()[middle] ^ 1])
     untouched = digest(subject.file, subject.ram)
     hostile = {
@@ -204,9 +187,7 @@ def test_what_is_not_what_it_was_is_refused(lab: Lab, cpr: Command, builds: Buil
         "where 33554432 are needed": cut(subject.ram),
         "was written since": written(disk),
         "could have been written by others": writable(subject.manifest),
-        "damaged, its checksum differs": changed(
-            subject.manifest, subject.manifest.read_bytes().index(b"web1"), b"web2"
-        ),
+        "damaged, its checksum differs": changed(subject.manifest, name_at, b"web2"),
     }
     for reason, harm in hostile.items():
         with harm:
@@ -239,7 +220,7 @@ def test_a_live_guest_is_not_loaded_beside_itself(lab: Lab, cpr: Command, builds
 
 
 def test_a_qemu_that_refuses_the_state(lab: Lab, cpr: Command, builds: Builds) -> None:
-    """Debian's 11.1 refuses the virtio disks of a guest born on 10.0; RAM and state stay, and the old QEMU loads it."""
+    """Debian's 11.1 and the virtio devices of a guest born on 10.0: RAM and state stay, and the old QEMU loads it."""
     subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
     before = subject.guest.log.number
     subject.saved()

@@ -1,0 +1,80 @@
+"""Before a restored QEMU is started: the way is made free, and its likeness is what can be had in this boot.
+
+Out of scope: the command line (afresh.py), the start itself (restoring.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cpr.engines.successor import MARK
+from cpr.errors import CprError, StepFailed
+from cpr.linux import cgroup, likeness, proc
+from cpr.linux.fds import Fd
+from cpr.linux.process import Process, open_process
+from cpr.model import Runstate
+from cpr.qemu import qmp
+
+if TYPE_CHECKING:
+    from cpr.reboot.manifest import SavedGuest
+
+MONITOR_SECONDS = 5.0
+
+def end_left_behind(saved: SavedGuest, mark: str) -> None:
+    """QEMUs that an attempt before us has started, known by their mark, as far as they still wait for the state.
+
+    One that has got it may be the guest, by whatever copy of this manifest: it is left, and is in the way.
+
+    Raises:
+        StepFailed: one does not die.
+    """
+    for entry in proc.processes():
+        with contextlib.suppress(OSError):
+            if entry.zombie or dict(proc.read_environ(entry.pid)).get(MARK) != mark:
+                continue
+            with open_process(entry.pid, entry.start_time) as process:
+                if not _waits_for_state(saved, process):
+                    continue
+                process.kill()
+                if not process.wait_dead(15.0):
+                    raise StepFailed("restore", f"pid {entry.pid}, left from an earlier attempt, does not die")
+
+
+def _waits_for_state(saved: SavedGuest, process: Process) -> bool:
+    """By its own monitor, which comes up some moments after its start."""
+    if saved.monitor is None:
+        return False
+    end = time.monotonic() + MONITOR_SECONDS
+    while process.alive() and time.monotonic() < end:
+        with contextlib.suppress(CprError), qmp.connect(saved.monitor, process.pid) as monitor:
+            return bool(monitor.execute("query-status")["status"] == Runstate.INMIGRATE)
+        time.sleep(0.05)
+    return False
+
+
+def open_log(path: str) -> Fd:
+    """Where a QEMU says what it has to say; it is added to. OSError."""
+    return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+
+
+def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
+    """The likeness as it can be had now, and what is left out of it, in words.
+
+    Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
+    """
+    mounts = cgroup.own_mounts()
+    there, unmet = [], []
+    for entry in saved.likeness.cgroups:
+        place = cgroup.locate(entry, mounts)
+        if place is not None and os.path.isdir(place):
+            there.append(entry)
+        elif place is not None:
+            unmet.append(f"cgroup: {entry.path} is not there any more")
+    ours = proc.namespaces(os.getpid())
+    known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
+    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
+    return like, tuple(dict.fromkeys(unmet))

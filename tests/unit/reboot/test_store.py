@@ -1,0 +1,107 @@
+"""Where saved guests lie: directories of ours alone, the current one, copies of programs, one worker at a time."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cpr.errors import Busy, ManifestError, NotFound
+from cpr.reboot import manifest as manifests
+from cpr.reboot import store
+from cpr.reboot.files import StateFile
+from cpr.reboot.manifest import Restore, Result
+from tests.unit.reboot.saved import guest, manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    return str(tmp_path / "cpr")
+
+
+def test_a_run_and_the_current_one(base: str) -> None:
+    with pytest.raises(NotFound):
+        store.current(base)
+    first, second = store.make_run("r1", base), store.make_run("r2", base)
+    assert stat.S_IMODE(os.stat(first).st_mode) == stat.S_IMODE(os.stat(base).st_mode) == 0o700
+    store.make_current(first)
+    store.make_current(second)
+    assert store.current(base) == os.path.join(second, "manifest.json")
+    store.drop_current(first)
+    assert store.current(base), "that was another run's"
+    store.drop_current(second)
+    with pytest.raises(NotFound):
+        store.current(base)
+
+
+def test_a_directory_that_others_may_enter(base: str) -> None:
+    os.mkdir(base, 0o755)
+    with pytest.raises(ManifestError, match="ours alone"):
+        store.make_run("r1", base)
+
+
+def test_the_current_one_is_looked_for_below_only(base: str) -> None:
+    """A link that leads elsewhere is not followed there."""
+    directory = store.make_run("r1", base)
+    os.symlink("../../../etc", os.path.join(os.path.dirname(directory), "current"))
+    assert store.current(base) == os.path.join(base, "reboot", "etc", "manifest.json")
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "manifest.json")
+    with store.hold(path, "restore"), pytest.raises(Busy, match=f"restore .pid {os.getpid()}. is working"):
+        store.hold(path, "load")
+    store.hold(path, "load").release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_copy_of_a_program(tmp_path: Path) -> None:
+    """Of our own: the same bytes, which anybody could execute who is given it."""
+    path = store.pin(os.getpid(), str(tmp_path / "old"))
+    assert os.path.basename(path) == os.path.basename(os.readlink("/proc/self/exe"))
+    with open(path, "rb") as copy, open("/proc/self/exe", "rb") as program:
+        assert copy.read() == program.read()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o755
+    assert store.pin(os.getpid(), str(tmp_path / "old")) == path, "it is not safe to repeat"
+
+
+def test_what_is_of_use_is_kept(base: str) -> None:
+    """Two guests of one old QEMU: with the first back its state goes; with the last also the copy."""
+    directory = store.make_run("r1", base)
+    store.make_current(directory)
+    copy = os.path.join(directory, "old-0", "qemu-system-x86_64")
+    os.mkdir(os.path.dirname(copy))
+    states = [os.path.join(directory, f"{n}.state") for n in range(2)]
+    for path in (copy, *states):
+        with open(path, "w") as file:
+            file.write("x")
+    guests = [
+        replace(guest(n + 1), state=StateFile(path=states[n], size=1, sha256=""), pinned_binary=copy) for n in range(2)
+    ]
+    known = manifest(*guests)
+    path = manifests.write(directory, known)
+    back = Restore(result=Result.RESTORED)
+    known = manifests.with_restore(known, 1, back)
+    store.clean(path, known)
+    assert [os.path.exists(p) for p in (*states, copy)] == [False, True, True]
+    assert store.current(base)
+    store.clean(path, manifests.with_restore(known, 2, back))
+    assert [os.path.exists(p) for p in (*states, copy)] == [False, False, False]
+    with pytest.raises(NotFound):
+        store.current(base)
+    assert manifests.read(directory), "the record stays"
+
+
+def test_a_save_that_was_undone_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "web1"
+    store.pin(os.getpid(), str(tmp_path / "web1.old"))
+    file.write_text("state")
+    path = manifests.write_file(f"{file}.manifest", manifest())
+    store.forget(path)
+    assert os.listdir(tmp_path) == []
