@@ -222,7 +222,8 @@ def test_one_that_dies_on_the_way(host: Host, builds: Builds) -> None:
     host.guests[0].counts_on(count)
 
 
-@pytest.mark.parametrize("phase", [pytest.param("saving", marks=full), "saved"])
+@full
+@pytest.mark.parametrize("phase", ["saving", "saved"])
 def test_interrupted(host: Host, builds: Builds, phase: str) -> None:
     """SIGTERM before the commit: everything is undone, exit 143."""
     host.guest(builds("10.0"))
@@ -320,11 +321,7 @@ def test_a_qemu_left_from_an_attempt_that_was_killed(host: Host, builds: Builds)
 
 @full
 def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
-<<<<<<< HEAD
-    """All old QEMUs have ended; the guardian keeps still, for the host may be going down; recover brings them."""
-=======
     """All old QEMUs have ended; the guardian keeps still, for the host may be going down; recover brings them back."""
->>>>>>> h-core
     host.guest(builds("10.0"))
     host.guest(builds("10.0"))
     counts = host.counts()
