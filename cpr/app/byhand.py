@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cpr.app import bringback, savable
 from cpr.app.examine import Examined, Examiner
+from cpr.app.finish import finish_held
 from cpr.app.world import Choices, World, real_world
 from cpr.errors import AS_BEFORE, Busy, CprError, Exit, Interrupted, NotFound, UsageError
 from cpr.journal import run_directory
@@ -104,11 +105,24 @@ def save(
             manifests.write_file(manifest_path, manifest)
             saver.quit()
         except BaseException as error:
+            if saver.stuck:
+                raise _through_its_state(saver, manifest_path, manifest, world) from error
             _void(manifest_path, manifest, path)
             _undone(saver.undo(), error, manifest_path)
         if mode is Mode.REBOOT:
             os.sync()  # RAM in a file on a disk
         return Saved(examined=examined, path=path, manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _through_its_state(saver: Saver, manifest_path: str, manifest: Manifest, world: World) -> CprError:
+    """It sleeps and is saved: it goes on in a copy of its QEMU. What is to be said of it."""
+    known = manifests.with_guests(manifest, saver.known)
+    manifests.write_file(manifest_path, _at(known, Phase.SAVED))
+    saver.close()
+    for outcome in finish_held(manifest_path, world):
+        if outcome.exit_code == Exit.NEEDS_ATTENTION:
+            return NeedsAttention(outcome.error, where=outcome.where, hint=outcome.hint)
+    return SaveFailed("it was not saved, and is back in a copy of its QEMU")
 
 
 def _void(manifest_path: str, manifest: Manifest, path: str) -> None:

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING
 
 from cpr.app import bringback
 from cpr.app.examine import in_parallel
-from cpr.errors import AS_BEFORE, NEEDS_YOU, RUNS_NEW, Busy, CprError, Exit
+from cpr.errors import AS_BEFORE, NEEDS_YOU, Busy, CprError, Exit
 from cpr.linux import proc
 from cpr.linux.process import open_process
-from cpr.model import Outcome, ProcessId, Runstate, Status
+from cpr.model import Outcome, ProcessId, Status
 from cpr.qemu import qmp
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
-from cpr.reboot.goingon import go_on
-from cpr.reboot.manifest import Phase, Restore, Result
+from cpr.reboot.goingon import go_on, is_stuck
+from cpr.reboot.manifest import Phase, Result
+from cpr.reboot.restoring import settle
+from cpr.reboot.saving import end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,12 +79,15 @@ def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
         with contextlib.suppress(CprError):
             world.unload_kernel()
     alive = {g.pid for g in manifest.guests if _lives(g.process)}
+    stuck = {g.pid for g in manifest.open if g.pid in alive and _ended_as_stuck(g)}
+    alive -= stuck
     going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
     manifest = _void(path, manifest, going)
     outcomes = list(in_parallel(_continue, going, JOBS))
     ended = [g for g in manifest.open if g.pid not in alive]
-    if manifest.release:  # by hand it was to end, and may be loaded when somebody wants it
-        sealed = tuple(g for g in ended if g.state is not None)
+    # one that is saved by hand was to end, and may be loaded when somebody wants it
+    sealed = tuple(g for g in ended if g.state is not None and (manifest.release or g.pid in stuck))
+    if sealed:
         backs = bringback.bring_back(path, manifest, sealed, qemu=_qemu(sealed), world=world)
         outcomes += [_came_back(back) for back in backs]
         manifest = manifests.read_file(path)
@@ -115,6 +120,21 @@ def _held(path: str, patience: float) -> ProcessLock:
 def _lives(process: ProcessId) -> bool:
     with contextlib.suppress(OSError), open_process(process.pid, process.start_time) as it:
         return it.alive()
+    return False
+
+
+def _ended_as_stuck(saved: SavedGuest) -> bool:
+    """Whether it was saved while it slept, so that it goes on in another QEMU only; then this one is ended."""
+    if saved.state is None or saved.guest is None or saved.monitor is None:
+        return False
+    with (
+        contextlib.suppress(CprError, OSError),
+        open_process(saved.pid, saved.process.start_time) as process,
+        qmp.connect(saved.monitor, saved.pid, timeout=MONITOR_SECONDS) as monitor,
+    ):
+        if is_stuck(monitor, saved.guest, suspended=saved.suspended):
+            end(monitor, process, saved.guest)
+            return True
     return False
 
 
@@ -205,31 +225,15 @@ def _loaded(path: str, saved: SavedGuest) -> Outcome:
         where = f"the QEMU that had loaded its state (pid {new.pid}) has ended: its RAM may have moved on"
         return replace(_needs(saved, where, ""), hint="it cannot be loaded again; start it afresh")
     assert saved.monitor is not None
+    assert saved.guest is not None
     try:
         with qmp.connect(saved.monitor, new.pid, timeout=MONITOR_SECONDS) as monitor:
-            status = str(monitor.execute("query-status")["status"])
-            if saved.runstate == Runstate.RUNNING and status in (Runstate.PAUSED, Runstate.PRELAUNCH):
-                monitor.execute("cont")
-                status = str(monitor.execute("query-status")["status"])
+            settled = settle(saved, saved.guest, monitor, new.pid, new.start_time)
     except CprError as error:
         return _needs(saved, f"its new QEMU (pid {new.pid}) could not be told to go on", error.message)
     manifest = manifests.read_file(path)
     before = next(g.restore for g in manifest.guests if g.pid == saved.pid)
-    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, _restored(before)))
-    return Outcome(
-        guest=saved.label,
-        uuid=saved.uuid,
-        status=Status.UPDATED,
-        exit_code=int(Exit.OK),
-        where=RUNS_NEW,
-        engine="reboot",
-        pid_before=saved.pid,
-        pid_after=new.pid,
-        runstate=status,
-        binary_before=saved.binary_before,
-        notes=("finished by recover",),
-    )
-
-
-def _restored(before: Restore) -> Restore:
-    return replace(before, result=Result.RESTORED, time=time.time())
+    after = replace(before, result=Result.RESTORED, time=time.time())
+    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, after))
+    settled.notes.append("finished by recover")
+    return bringback.Back(saved=saved, restored=settled).outcome()

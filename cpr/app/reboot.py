@@ -121,6 +121,7 @@ class _Reboot:
             self._prepare(guarded)
             try:
                 self._save()
+                self._write_guests(Phase.COMMITTED)
             except BaseException as error:
                 return self._undo(error)
             return self._commit()
@@ -160,7 +161,6 @@ class _Reboot:
 
     def _commit(self) -> Update:
         """From here on there is no way back but through the states."""
-        self._write_guests(Phase.COMMITTED)
         try:
             self._say("end the old QEMUs", commit=True)
             self.saving.quit()
@@ -169,11 +169,13 @@ class _Reboot:
             self._say("jump into the new kernel")
             self.world.jump()
         except BaseException as error:
-            return self._bring_back(error)
+            return self._bring_back(error, Phase.COMMITTED, "the jump was not made")
         return self._update([self._saved(e) for e in self.check.guests])
 
     def _undo(self, error: BaseException) -> Update:
         """Every guest goes on where it was; what is on disk of them is void first."""
+        if self.saving.stuck:
+            return self._bring_back(error, Phase.SAVED, "undone")
         failures: list[str] = []
         try:
             voided = [replace(g, restore=replace(g.restore, result=manifests.Result.CONTINUED))
@@ -193,15 +195,14 @@ class _Reboot:
             raise error
         return self._update(outcomes)
 
-    def _bring_back(self, error: BaseException) -> Update:
-        """The jump was not made: what has ended is restored, and what has not goes on."""
-        self.saving.close()
+    def _bring_back(self, error: BaseException, phase: Phase, what: str) -> Update:
+        """What has ended is restored, and what has not goes on."""
         with contextlib.suppress(OSError, CprError):
-            self._write_guests(Phase.COMMITTED)
-        words = _words(error)
+            self._write_guests(phase)
+        self.saving.close()
+        words = f"{what}: {_words(error)}"
         outcomes = [
-            replace(o, error="; ".join(filter(None, [f"the jump was not made: {words}", o.error])))
-            for o in finish_held(self.path, self.world)
+            replace(o, error="; ".join(filter(None, [words, o.error]))) for o in finish_held(self.path, self.world)
         ]
         return self._update(outcomes)
 

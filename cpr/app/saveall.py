@@ -106,6 +106,11 @@ class Saving:
         savers = tuple(self._savers.items())
         return dict(zip(dict(savers), in_parallel(lambda s: s[1].undo(), savers, SIDE_BY_SIDE), strict=True))
 
+    @property
+    def stuck(self) -> bool:
+        """One of them cannot go on where it is any more."""
+        return any(saver.stuck for saver in self._savers.values())
+
     def quit(self) -> None:
         """End every old QEMU."""
         self._all("end the old QEMU", lambda saver: saver.quit())

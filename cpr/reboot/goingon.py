@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpr.engines.settings import set_discard
 from cpr.engines.stream import NAME
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpr.qemu.qmp import Monitor
 
 WAKE_SECONDS = 10.0
-STANDS_STILL = (Runstate.PAUSED, Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
+STANDS_STILL = (Runstate.PAUSED, Runstate.PRELAUNCH, Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,8 @@ class WentOn:
     runstate: str
     where: str
     failed: tuple[str, ...] = ()
+    stuck: bool = False
+    """It can only go on in another QEMU: see `is_stuck`."""
 
     @property
     def well(self) -> bool:
@@ -49,12 +51,18 @@ def go_on(guest: Guest, monitor: Monitor | None, *, suspended: bool) -> WentOn:
         return WentOn(runstate=guest.runstate, where=UNTOUCHED)
     failed: list[str] = []
     runstate = ""
+    try:
+        if is_stuck(monitor, guest, suspended=suspended):
+            where = f"{NEEDS_YOU}: {guest.label} is saved, and this QEMU cannot wake it up"
+            return WentOn(runstate=Runstate.POSTMIGRATE, where=where, stuck=True)
+    except CprError as error:
+        failed.append(error.message)
 
     def resume() -> None:
         nonlocal runstate
         runstate = resume_old(monitor, guest.runstate)
         if guest.runstate == Runstate.SUSPENDED and runstate in STANDS_STILL:
-            monitor.execute("cont")  # from 9.0 on this leads to where it was
+            monitor.execute("cont")
             runstate = _status(monitor)
         if suspended:
             runstate = wake(monitor)
@@ -73,6 +81,16 @@ def go_on(guest: Guest, monitor: Monitor | None, *, suspended: bool) -> WentOn:
     return WentOn(runstate=runstate, where=AS_BEFORE if well else f"{NEEDS_YOU}: {label}", failed=tuple(failed))
 
 
+def is_stuck(monitor: Monitor, guest: Guest, *, suspended: bool) -> bool:
+    """Whether it was saved to the end while it slept: `cont` then ends QEMU, which knows no way from there (seen with
+    10.0: there is no transition from postmigrate to suspended in system/runstate.c; before 8.2 it is woken up first).
+
+    Its state is complete, and can be loaded by another one.
+    """
+    asleep = suspended or guest.runstate == Runstate.SUSPENDED
+    return asleep and _status(monitor) == Runstate.POSTMIGRATE and "mode" in _parameters(monitor)
+
+
 def put_settings_back(monitor: Monitor, guest: Guest) -> None:
     """Capabilities, parameters, mode and discard-data as they were. Raises CprError: the first that could not be."""
     with contextlib.suppress(CommandFailed):
@@ -84,7 +102,7 @@ def put_settings_back(monitor: Monitor, guest: Guest) -> None:
 
 def restore_mode(monitor: Monitor, guest: Guest) -> None:
     """The migration mode that the guest had (8.2): left at cpr-reboot, somebody's next migration would be one."""
-    now = monitor.execute("query-migrate-parameters").get("mode")
+    now = _parameters(monitor).get("mode")
     wanted = guest.parameters.get("mode", "normal")
     if now is not None and now != wanted:
         monitor.execute("migrate-set-parameters", mode=wanted)
@@ -111,6 +129,11 @@ def wake(monitor: Monitor, timeout: float = WAKE_SECONDS) -> str:
         time.sleep(0.05)
         status = _status(monitor)
     return status
+
+
+def _parameters(monitor: Monitor) -> dict[str, Any]:
+    found: dict[str, Any] = monitor.execute("query-migrate-parameters")
+    return found
 
 
 def _status(monitor: Monitor) -> str:

@@ -23,14 +23,14 @@ from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed
-from cpr.linux import likeness, pci, proc
+from cpr.linux import likeness, pci
 from cpr.linux.fds import Fd
 from cpr.linux.process import Process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
 from cpr.reboot.afresh import afresh, with_ram_paths
-from cpr.reboot.goingon import restore_mode, wake
+from cpr.reboot.goingon import STANDS_STILL, restore_mode, wake
 from cpr.reboot.knowledge import make_directories
 from cpr.reboot.manifest import Result
 from cpr.reboot.saving import CPR_REBOOT, has_mode
@@ -128,7 +128,37 @@ def restore(
         if isinstance(error, (CprError, OSError)):
             raise _as_not_restored(saved, error, log) from None
         raise
-    return starting.go_on(monitor, had_rebooted=manifest.boot_id != proc.boot_id())
+    restored = settle(saved, guest, monitor, starting.process.pid, starting.process.start_time)
+    restored.notes[:0] = starting.notes
+    monitor.close()
+    starting.process.close()
+    return restored
+
+
+def settle(saved: SavedGuest, guest: Guest, monitor: Monitor, pid: int, start_time: int) -> Restored:
+    """It is loaded, and goes on or stands as before, with what it had. What fails is told, and no more."""
+    before = saved.runstate
+    result = Restored(pid, start_time, "", None)
+    seen = monitor.event_count
+    try:
+        status = str(monitor.execute("query-status")["status"])
+        if saved.suspended:
+            wake(monitor)
+        elif before in (Runstate.RUNNING, Runstate.SUSPENDED) and status in STANDS_STILL:
+            monitor.execute("cont")
+            if before == Runstate.RUNNING:
+                with contextlib.suppress(TimeoutError):
+                    result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
+        result.runstate = str(monitor.execute("query-status")["status"])
+        result.differences += put_back(monitor, Settings.from_json(saved.settings), old=saved.pid, new=pid)
+        restore_mode(monitor, guest)
+    except CprError as error:
+        result.differences.append(error.message)
+    if not result.runstate or (before == Runstate.RUNNING) != (result.runstate == Runstate.RUNNING):
+        result.differences.append(f"it was {before}, and is {result.runstate or 'not to be asked'}")
+    if before == Runstate.RUNNING:
+        result.notes += set_time(saved, pid)
+    return result
 
 
 def _as_not_restored(saved: SavedGuest, error: CprError | OSError, log: str) -> NotRestored:
@@ -277,34 +307,6 @@ class _Starting:
             return ""
         words = migration.failure(monitor)
         return self._words() or words or f"the migration is {status}"
-
-    def go_on(self, monitor: Monitor, *, had_rebooted: bool) -> Restored:
-        """From here on it is forward only: what fails is told, and no more."""
-        before = self.saved.runstate
-        result = Restored(self.process.pid, self.process.start_time, "", None, self.notes)
-        seen = monitor.event_count
-        try:
-            if self.saved.suspended:
-                result.runstate = wake(monitor)
-            elif before in (Runstate.RUNNING, Runstate.SUSPENDED):
-                monitor.execute("cont")
-            if before == Runstate.RUNNING:
-                with contextlib.suppress(TimeoutError):
-                    result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
-            result.runstate = str(monitor.execute("query-status")["status"])
-            result.differences += put_back(
-                monitor, Settings.from_json(self.saved.settings), old=self.saved.pid, new=self.process.pid
-            )
-            restore_mode(monitor, self.guest)
-        except CprError as error:
-            result.differences.append(error.message)
-        if not result.runstate or (before == Runstate.RUNNING) != (result.runstate == Runstate.RUNNING):
-            result.differences.append(f"it was {before}, and is {result.runstate or 'not to be asked'}")
-        if before == Runstate.RUNNING:
-            result.notes += set_time(self.saved, self.process.pid)
-        monitor.close()
-        self.process.close()
-        return result
 
     def kill(self) -> None:
         """Nothing of the guest has run in it."""

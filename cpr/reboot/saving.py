@@ -93,6 +93,12 @@ class Saver:
         self._touched = True
 
     @property
+    def stuck(self) -> bool:
+        """It is saved and sealed while it sleeps: the way back leads through its state (`goingon.is_stuck`)."""
+        sealed = self._known is not None and self._known.state is not None
+        return sealed and (self._asleep or self.guest.runstate == Runstate.SUSPENDED)
+
+    @property
     def known(self) -> SavedGuest:
         """What is known by now."""
         assert self._known is not None, "prepare() comes first"
@@ -240,14 +246,7 @@ class Saver:
         Raises:
             StepFailed: discard-data is on and does not go off: it was not ended. Or it does not die.
         """
-        assert self._process is not None
-        set_discard(self.monitor, [b.qom_path for b in self.guest.ram if discards(self.monitor, b.qom_path)], on=False)
-        with contextlib.suppress(MonitorError):
-            self.monitor.execute("quit", timeout=timeout)
-        if not self._process.wait_dead(timeout):
-            self._process.kill()  # its images are inactive, its state is sealed: nothing is left to be flushed
-            if not self._process.wait_dead(timeout):
-                raise StepFailed(f"end pid {self._process.pid}", "it does not die, though it was killed")
+        end(self.monitor, self.process, self.guest, timeout)
         self.close()
 
     def close(self) -> None:
@@ -260,6 +259,17 @@ class Saver:
 
     def _runstate(self) -> str:
         return str(self.monitor.execute("query-status")["status"])
+
+
+def end(monitor: Monitor, process: Process, guest: Guest, timeout: float = QUIT_SECONDS) -> None:
+    """End the QEMU of a guest that is saved. Raises as `Saver.quit`."""
+    set_discard(monitor, [b.qom_path for b in guest.ram if discards(monitor, b.qom_path)], on=False)
+    with contextlib.suppress(MonitorError):
+        monitor.execute("quit", timeout=timeout)
+    if not process.wait_dead(timeout):
+        process.kill()  # its images are inactive, its state is sealed: nothing is left to be flushed
+        if not process.wait_dead(timeout):
+            raise StepFailed(f"end pid {process.pid}", "it does not die, though it was killed")
 
 
 def discards(monitor: Monitor, qom_path: str) -> bool:

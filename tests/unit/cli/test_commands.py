@@ -367,7 +367,7 @@ def test_a_signal_before_anything_was_done(cpr: Cpr) -> None:
         (["update", "-y", "--blocked", "perhaps", "--all"], 2, "fail or skip"),
         (["update", "--frobnicate"], 2, "No such option"),
         (["show"], 2, "Missing argument"),
-        (["update", "--kexec"], 2, "No such option"),
+        (["update", "--kexec"], 2, "nobody can be asked"),
         (["log", "nothing"], 5, "no run 'nothing'"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_regular_file_in_the_place_of_a_dax_device(known: SavedGuest) -> None:
 
 def test_ram_that_somebody_uses(known: SavedGuest) -> None:
     """A child of ours has it mapped shared."""
-    script = "import mmap, sys; m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 0); print(flush=True); input()"
+    script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
     command = [sys.executable, "-c", script, known.ram[0].path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
