@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.qemu import cmdline as cl
+from cpr.qemu import given_taps
 from cpr.qemu.chardevs import CONTROL, GDB, gdb_device
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
@@ -276,6 +277,7 @@ def environment(guest: Guest, target: Target, *, mark: str = "", pidfile: str = 
     """The guest's variables, and what an update leaves for the next one. `pidfile`: where argv does not name it."""
     kept = [(k, v) for k, v in guest.environ if not DROPPED.match(k)]
     ours = {MARK: mark, "CPR_PIDFILE": pidfile}
+    ours[given_taps.NOTE] = given_taps.note(given_taps.taps_as_given(base_command(guest), guest.environ))
     if target.extra_options:
         ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))
     return (*kept, *((k, v) for k, v in ours.items() if v))

@@ -14,8 +14,8 @@
 
 It is edited from the old command line, as the successor of a restart is (`engines.successor`). RAM is what its
 descriptor really is. Where an earlier update has put a descriptor in place of an address, the address is put back:
-sockets from where they listen, displays, forwarded ports, taps that are there by themselves. Gone is what would touch
-the guest (-loadvm, prealloc, `discard-data`) or wait for somebody (`wait=on`).
+sockets from where they listen, displays, forwarded ports, taps as they were given, or by name if they stay. Gone is
+what would touch the guest (-loadvm, prealloc, `discard-data`) or wait for somebody (`wait=on`).
 
 Out of scope: whether RAM is still there (persistence.py), and doing any of it.
 """
@@ -30,6 +30,7 @@ from cpr.engines.successor import base_command, environment, without_control
 from cpr.model import Backing, NotHadAgain
 from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import CONTROL, GDB, MUX_BASE, gdb_device, host_port, parse_filename
+from cpr.qemu.given_taps import taps_as_given
 from cpr.qemu.memory import DESCRIPTOR_PATH
 from cpr.qemu.options import translate
 
@@ -245,8 +246,12 @@ def _socket_missing(label: str, number: str, *, server: bool) -> NotHadAgain:
 
 
 def _with_network(line: cl.CommandLine, guest: Guest, found: _Findings) -> cl.CommandLine:
+    noted = taps_as_given(line, guest.environ)
     for given in cl.netdevs(line):
         fact = _fact_of(given, guest)
+        if given.fds and given.id in noted:  # as it was before an update put descriptors there
+            line = line.replaced(given.index, cl.Option("netdev", noted[given.id]))
+            (given,) = [n for n in cl.netdevs(line) if n.index == given.index]
         if given.type in ("tap", "bridge"):
             line = _with_tap(line, given, fact, found)
         elif given.type == "user" and fact is not None and len(fact.hostfwd) >= len(given.hostfwd):

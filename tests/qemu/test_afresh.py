@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import pytest
 from cpr.qemu import features, qmp
 from cpr.reboot.afresh import afresh
 from cpr.reboot.facts import with_reboot_facts
+from tests.lab import tap
 from tests.qemu.moving import migration_end
 from tests.qemu.surveying import surveyed
 
@@ -124,3 +126,41 @@ def test_a_guest_goes_on_where_it_was(
     for what, where in addresses(with_reboot_facts(surveyed(again))).items():
         assert where == wanted[what]
     assert (lab.directory / "pid").read_text().strip() == str(again.pid)
+
+
+@pytest.mark.parametrize("engine", ["handover", pytest.param("reexec", marks=pytest.mark.full)])
+def test_a_tap_with_a_script_is_made_as_before(
+    lab: Lab, builds: Callable[[str], QemuBuild], cpr: Command, engine: str
+) -> None:
+    """An update hands it on by number; after a boot it is made anew, and its script puts it into its bridge."""
+    if reason := tap.why_not():
+        pytest.skip(reason)
+    name, said = f"cprs{os.getpid()}", lab.directory / "said"
+    script = lab.directory / "up"
+    script.write_text(f"#!/bin/sh\necho $1 >> {said}\n")
+    script.chmod(0o755)
+    netdev = f"tap,id=n0,ifname={name},script={script},downscript=no"
+    guest = lab.counting(
+        builds("10.0"),
+        *("-netdev", netdev, "-device", "virtio-net-pci,netdev=n0"),
+        backend=f"memory-backend-file,share=on,mem-path={lab.directory}/ram",
+    )
+    pid = guest.pid
+    for _ in range(2):  # the second one finds numbers in argv
+        done = cpr.update(pid, builds("10.0"), "--engine", engine)
+        assert done.code == 0, done
+        pid = done.guest["pid_after"]
+    process = lab.adopt(pid)
+    facts = with_reboot_facts(surveyed(process))
+    made = afresh(facts, features.ask(str(builds("10.0").binary)))
+    assert made.missing == ()
+    assert netdev in made.argv
+    save(facts, str(lab.directory / "state"))
+    assert process.wait(10)
+    assert said.read_text() == f"{name}\n", "once so far"
+    _, control = started(lab, made)
+    with control:
+        load(control, str(lab.directory / "state"))
+        guest.log.wait_ticks(20)
+    assert guest.log.sound, guest.log.problems()
+    assert said.read_text() == f"{name}\n" * 2

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -204,6 +205,31 @@ def test_taps_by_number() -> None:
     assert missing.subject == "netdev net0"
     it = made("-nic", "tap,fd=30,mac=52:54:00:00:00:01", netdevs=(netdev(id="#tap0", persistent=True),))
     assert "-nic tap,mac=52:54:00:00:00:01,ifname=tap0,script=no,downscript=no" in text(it)
+
+
+def noted(option: str, words: str = "tap,id=net0,fd=30,vhost=on,vhostfd=31", **fact: Any) -> Afresh:
+    environ = (("CPR_NETDEVS", json.dumps({"net0": option})),)
+    return made("-netdev", words, netdevs=(netdev(**fact),), environ=environ)
+
+
+def test_taps_that_an_update_passed_on_are_made_as_before() -> None:
+    script = "tap,id=net0,ifname=tap0,script=/etc/qemu-ifup,vhost=on"
+    it = noted(script)
+    assert f"-netdev {script} " in text(it)
+    assert it.missing == ()
+    assert dict(it.environ) == {"CPR_NETDEVS": json.dumps({"net0": script})}, "for the next update"
+    assert noted("bridge,id=net0,br=br7").needs == (("bridge", "br7"),)
+    it = noted("tap,id=net0,ifname=tap0,script=no", persistent=True)
+    assert (it.missing, it.needs) == ((), (("interface", "tap0"),))
+    assert "script=/new" in text(noted(script, "tap,id=net0,ifname=tap0,script=/new")), "argv counts where it says it"
+
+
+@pytest.mark.parametrize(
+    "option", ["tap,id=other,ifname=x", "user,id=net0", "tap,id=net0,fd=9", "{", '{"type":"tap"', "tap,id=net0,vhostfd=7"]
+)
+def test_a_note_that_could_not_stand_there_is_not_believed(option: str) -> None:
+    assert [m.subject for m in noted(option).missing] == ["netdev net0"]
+    assert [m.subject for m in made("-netdev", "tap,id=net0,fd=3", environ=(("CPR_NETDEVS", option),)).missing]
 
 
 def test_forwarded_ports_are_those_of_now() -> None:

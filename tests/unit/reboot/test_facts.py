@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from cpr.linux import tun
 from cpr.linux.dax import storage_of
-from cpr.model import Backing, BlockChain, GuestAgent, ProcessId
+from cpr.model import Backing, BlockChain, GuestAgent, OpenFile, ProcessId
 from cpr.qemu.answers import Answers
 from cpr.reboot import facts
 from tests.unit import values
@@ -133,3 +135,97 @@ def test_state_on_tmpfs_is_said(root: str) -> None:
     if storage_of("/dev/shm").kind is not Backing.TMPFS:
         pytest.skip("/dev/shm is no tmpfs here")
     assert "RAM of this kernel" in facts.next_kernel(root=root, state_directory="/dev/shm/x").state_directory_volatile
+
+
+def test_ram_whose_file_was_deleted_or_replaced(tmp_path: Path) -> None:
+    """The descriptor is the RAM; but after the boot there is nothing but the path."""
+    file = tmp_path / "ram"
+    for change in ("kept", "deleted", "replaced"):
+        file.write_bytes(b"x")
+        fd = os.open(file, os.O_RDWR)
+        try:
+            if change != "kept":
+                file.unlink()
+            if change == "replaced":
+                file.write_bytes(b"x")
+            storage = facts.ram_storage(os.getpid(), replace(values.ram(), fd=fd))
+        finally:
+            os.close(fd)
+        assert storage is not None
+        assert storage.path == str(file)
+        assert ("was deleted or leads elsewhere" in storage.volatile) is (change != "kept"), change
+
+
+def test_namespaces_that_are_not_ours() -> None:
+    ours = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in ("mnt", "net", "pid_for_children")}
+    with_us = guest(namespaces=tuple(ours.items()))
+    assert facts.own_namespaces(with_us) == ()
+    elsewhere = guest(namespaces=(("mnt", ours["mnt"]), ("net", 7), ("pid_for_children", 8), ("newer", 9)))
+    assert facts.own_namespaces(elsewhere) == ("net",)
+
+
+def test_the_other_end_of_a_connection(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(str(path))
+        server.listen()
+        client.connect(str(path))
+        inode = os.fstat(client.fileno()).st_ino
+        entry = OpenFile(number=client.fileno(), target=f"socket:[{inode}]", kind="socket", owner="", inode=inode)
+        made = chardev("tpm", server=False, listener=None, client=client.fileno(), filename="unix:")
+        known = guest(process=ProcessId(os.getpid(), 1), open_files=(entry,))
+        with server.accept()[0]:
+            assert facts.peer_of(known, made) == str(path)
+        assert facts.peer_of(known, replace(made, client=None)) == ""
+        assert facts.peer_of(known, chardev("served")) == "", "whoever is connected to us is nobody whom we dial"
+    tcp = replace(made, filename="tcp:127.0.0.1:5 <-> 10.0.0.1:99")
+    assert facts.peer_of(known, tcp) == "10.0.0.1:99"
+
+
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fake systemctl, first on the path: it says what `said` has, and exits 1 where there is nothing."""
+    program = tmp_path / "systemctl"
+    program.write_text(f'#!/bin/sh\ncat "{tmp_path}/said" 2>/dev/null\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path / "said"
+
+
+@pytest.mark.parametrize(
+    ("state", "condition", "expected"),
+    [
+        ("enabled", "", True),
+        ("static", "", True),
+        ("enabled", "{ path=/usr/bin/cpr ; argv[]=cpr may-start --unit web1.service ; ignore_errors=no }", False),
+        ("enabled", "{ path=/bin/true ; argv[]=true }", True),
+        ("disabled", "", False),
+        ("masked", "", False),
+        ("transient", "", False),
+        ("", "", False),
+    ],
+)
+def test_services_that_would_start_again(systemctl: Path, state: str, condition: str, expected: bool) -> None:
+    systemctl.write_text(f"UnitFileState={state}\nExecCondition={condition}\n")
+    assert facts.unguarded("web1.service") is expected
+
+
+@pytest.mark.parametrize(("state", "expected"), [("enabled", True), ("static", False), ("", False)])
+def test_whether_guests_are_restored_by_themselves(systemctl: Path, state: str, expected: bool) -> None:
+    if state:
+        systemctl.write_text(f"{state}\n")
+    assert facts.restores_by_itself() is expected
+
+
+def test_nothing_restores_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not facts.restores_by_itself()
+    assert not facts.unguarded("web1.service")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("0x1802\n", True), ("0x1002\n", False), ("x", False), (None, False)])
+def test_taps_that_stay(tmp_path: Path, flags: str | None, expected: bool) -> None:
+    if flags is not None:
+        (tmp_path / "sys/class/net/tap0").mkdir(parents=True)
+        (tmp_path / "sys/class/net/tap0/tun_flags").write_text(flags)
+    assert tun.persistent("tap0", root=str(tmp_path)) is expected
