@@ -122,7 +122,7 @@ def credentials(pid: int) -> str:
 # -- hostile files and moments
 
 
-EVERYDAY = ("SHA-256 differs", "the memory was wiped", "web1.ram: No such file")
+EVERYDAY = ("SHA-256 differs", "web1.ram: No such file")
 
 
 @contextlib.contextmanager
@@ -268,7 +268,7 @@ def test_a_full_disk_and_a_killed_command(lab: Lab, cpr: Command, builds: Builds
     result = cpr("save", subject.pid, "/dev/full/state", "--mode", "restart")
     assert result.code not in (0, 7), str(result)
     assert subject.status() == "running"
-    for delay in (0.0, 0.05, 0.1):
+    for delay in (0.0, 0.1):
         command = cpr.start("save", subject.pid, subject.file, "--mode", "restart")
         until_stopped(subject, delay)
         command.send_signal(signal.SIGKILL)
