@@ -104,6 +104,19 @@ def chroot(command: CommandLine) -> Iterator[Finding]:
         )
 
 
+@check("runas", "The guest gave root away at its start", ignorable=False, modes=BOTH)
+def runas(command: CommandLine) -> Iterator[Finding]:
+    """-runas is done after the files are opened: a QEMU that starts as that user may not open them."""
+    user = settings(command).runas
+    if user:
+        yield blocker(
+            user,
+            f"it became {user} (-runas, -run-with user=) after its files were opened as root; a new QEMU is started as "
+            f"{user}, who may not be able to open them",
+            f"start the guest the next time as {user} from the beginning (systemd: User=), with files that are its own",
+        )
+
+
 @check("file-gone", "Files of the command line that are not there any more", modes=BOTH)
 def file_gone(guest: Guest) -> Iterator[Finding]:
     """Firmware, secrets and images are read again by the new QEMU."""
