@@ -87,10 +87,10 @@ def test_refused_until_it_is_put_right(hosts: Hosts) -> None:
     host.sh("sync")
     host.power_cycle("7.2")
     lost = host.cpr("load", "/state/web1.state")
-    assert lost.code == 7, lost
+    assert lost.code == 3, lost
     jumps.device_dax(host)
     lost = host.cpr("load", "/state/web1.state")
-    assert lost.code == 7, lost
+    assert lost.code == 3, lost
     assert jumps.count_qemus(host) == 0
     host.sh("test -s /state/web1.state")
 
