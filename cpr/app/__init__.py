@@ -19,6 +19,7 @@ from cpr.app.runs import log, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
 from cpr.app.world import Choices, Handle, World, real_world
+from cpr.reboot.claims import claim_on
 from cpr.reboot.manifest import Mode as SaveMode
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "World",
     "check",
     "check_kexec",
+    "claim_on",
     "info",
     "list_guests",
     "load",

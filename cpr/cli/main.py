@@ -34,6 +34,7 @@ app.command("run", context_settings={"allow_interspersed_args": False})(start.ru
 app.command("save")(saved.save_command)
 app.command("load")(saved.load_command)
 app.command("restore")(saved.restore_command)
+app.command("may-start")(saved.may_start_command)
 app.command("recover")(journals.recover_command)
 app.command("runs")(journals.runs_command)
 app.command("log")(journals.log_command)

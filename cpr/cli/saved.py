@@ -19,6 +19,7 @@ File = Annotated[str, typer.Argument(metavar="FILE", help="Of the state; FILE.ma
 Mode = Annotated[
     str, typer.Option("--mode", metavar="restart|reboot", help="What the RAM has to outlive: its QEMU, or the host.")
 ]
+Unit = Annotated[str, typer.Option("--unit", metavar="UNIT", help="The systemd service that would start it.")]
 LoadQemu = Annotated[
     str, typer.Option("--qemu", metavar="PATH|old", help="The QEMU to load it; old: the one it was saved from.")
 ]
@@ -112,3 +113,15 @@ def restore_command(
     else:
         say("\n".join(describe.update_lines(update)))
     return update.exit_code
+
+
+def may_start_command(unit: Unit, json: Json = False) -> int:
+    """For ExecCondition= of a service that is a guest: exit 3 while that guest is saved, or runs brought back."""
+    from cpr import app
+
+    why = app.claim_on(unit)
+    if json:
+        Output(json, "may-start").document(unit=unit, may_start=not why, reason=why)
+    elif why:
+        tell(f"cpr: {unit} must not be started afresh: {why}")
+    return Exit.BLOCKED if why else Exit.OK

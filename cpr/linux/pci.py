@@ -7,9 +7,12 @@ Out of scope: which guest has which device.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
+
+from cpr.linux import process
 
 _ADDRESS = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
 BIND_SECONDS = 10.0
@@ -51,6 +54,16 @@ def iommu_group(address: str, *, root: str = "/") -> str:
         return os.path.basename(os.readlink(os.path.join(_device(address, root), "iommu_group")))
     except FileNotFoundError:
         return ""
+
+
+def load_driver(name: str, *, root: str = "/") -> None:
+    """Have the module of a driver loaded where the kernel does not know the driver yet, as after a boot.
+
+    What fails shows when a device is bound to it.
+    """
+    if not os.path.isdir(os.path.join(root, "sys/bus/pci/drivers", name)):
+        with contextlib.suppress(process.RunFailed, OSError):
+            process.run(["modprobe", "--", name], timeout=BIND_SECONDS)
 
 
 def bind(address: str, name: str, *, root: str = "/", timeout: float = BIND_SECONDS) -> None:

@@ -203,6 +203,7 @@ class _Starting:
         make_directories(self.saved.directories)
         for device in self.saved.vfio:
             try:
+                pci.load_driver(device.driver)
                 pci.bind(device.address, device.driver)
             except OSError as error:
                 raise StepFailed(f"bind {device.address} to {device.driver}", str(error)) from None

@@ -50,10 +50,21 @@ PLACES = {
     "agent.service": "etc/systemd/system/cpr-host-agent.service",
     "shell.service": "etc/systemd/system/cpr-host-shell.service",
 }
+HOOKS = Path(__file__).parents[2] / "hooks" / "systemd"
+HOOK_PLACES = {
+    "cpr-restore.service": "usr/lib/systemd/system/cpr-restore.service",
+    "cpr.tmpfiles.conf": "usr/lib/tmpfiles.d/cpr.conf",
+    "cpr-guest.conf": "usr/share/doc/cpr/cpr-guest.conf",
+}
 # Not `get 1000`, the usual uid: somebody else shall own guests.
 USERS = "root:x:0:0:root:/root:/bin/bash\nguest:x:2000:2000::/home/guest:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"
 GROUPS = "root:x:0:\ntty:x:5:\nkvm:x:104:guest\nguest:x:2000:\nnogroup:x:65534:\n"
-UNITS = ("cpr-host-agent.service", "cpr-host-shell.service")
+UNITS = {
+    "cpr-host-agent.service": "/etc/systemd/system",
+    "cpr-host-shell.service": "/etc/systemd/system",
+    "cpr-restore.service": "/usr/lib/systemd/system",
+}
+"""What is enabled, and where it is."""
 UNWANTED = (
     *("getty.target", "ldconfig.service", "proc-sys-fs-binfmt_misc.automount", "sys-fs-fuse-connections.mount"),
     *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "systemd-binfmt.service", "systemd-firstboot.service"),
@@ -96,6 +107,7 @@ def root_directory() -> Path:
         [RECIPE, SUITE, USERS, GROUPS, SITE, *PACKAGES, *TRIMMED, *UNITS, *UNWANTED]
         + [str(kernel.directory) for kernel in available]
         + [f"{name} {FILES.joinpath(name).read_text()}" for name in ("initramfs.sh", *PLACES)]
+        + [f"{place} {HOOKS.joinpath(name).read_text()}" for name, place in HOOK_PLACES.items()]
     )
     return cache.artifact("host-root", recipe, lambda workspace: build_root(available, workspace))
 
@@ -137,14 +149,16 @@ def configure(tree: Path) -> None:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     (tree / "usr/local/bin/cpr").chmod(0o755)
-    for name, place in PLACES.items():
+    sources = {FILES / name: place for name, place in PLACES.items()}
+    sources |= {HOOKS / name: place for name, place in HOOK_PLACES.items()}
+    for source, place in sources.items():
         (tree / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(FILES / name, tree / place)
-        (tree / place).chmod(0o755 if name.endswith(".sh") else 0o644)
+        shutil.copy(source, tree / place)
+        (tree / place).chmod(0o755 if source.suffix == ".sh" else 0o644)
     system = tree / "etc" / "systemd" / "system"
     (system / "multi-user.target.wants").mkdir(parents=True, exist_ok=True)
-    for unit in UNITS:
-        (system / "multi-user.target.wants" / unit).symlink_to(f"/etc/systemd/system/{unit}")
+    for unit, where in UNITS.items():
+        (system / "multi-user.target.wants" / unit).symlink_to(f"{where}/{unit}")
     for unit in UNWANTED:
         (system / unit).symlink_to("/dev/null")
     (system / "default.target").unlink(missing_ok=True)

@@ -28,8 +28,8 @@ NVME_ADDRESS, NIC_ADDRESS = "0000:00:10.0", "0000:00:11.0"
 class Machine:
     """Which host. kernel: a key of ``kernels``. systemd: as process 1. memory: MiB.
 
-    dax: MEMMAP or NVDIMM for 768 MiB of persistent memory. devices: an NVMe and a NIC, each in an IOMMU group.
-    words: for the kernel's command line.
+    dax: MEMMAP or NVDIMM for persistent memory. regions: of it, their sizes in MiB. devices: an NVMe and a NIC, each in
+    an IOMMU group. words: for the kernel's command line.
     """
 
     kernel: str = "6.12"
@@ -37,6 +37,7 @@ class Machine:
     memory: int = 3072
     cpus: int = 2
     dax: str = ""
+    regions: tuple[int, ...] = (DAX_MIB,)
     devices: bool = False
     words: tuple[str, ...] = ()
 
@@ -44,16 +45,23 @@ class Machine:
         """The kernel's command line."""
         init = "/sbin/init" if self.systemd else "/sbin/init.small"
         words = [APPEND, f"init={init}", f"cpr.lab={cache.root()}", f"cpr.site={image.SITE}", *self.words]
-        words += {MEMMAP: [f"memmap={DAX_MIB}M!1G"], NVDIMM: ["cpr.nvdimm"]}.get(self.dax, [])
+        words += {MEMMAP: self.memmap(), NVDIMM: ["cpr.nvdimm"]}.get(self.dax, [])
         words += ["intel_iommu=on"] if self.devices else []
         return " ".join(words)
 
+    def memmap(self) -> list[str]:
+        """The words that set memory aside, from 1 GiB on; regions that touched would be one to the kernel."""
+        words, start = [], 1024
+        for size in self.regions:
+            words.append(f"memmap={size}M!{start}M")
+            start = (start + size) // 128 * 128 + 128
+        return words
 
     def arguments(self, disks: image.Disks, directory: Path) -> list[str]:
         """The outer QEMU's options, but for kernel and serial ports; what is written to is in `directory`."""
         nvdimm = self.dax == NVDIMM
         words = f"-machine q35{',nvdimm=on' if nvdimm else ''} -accel tcg,thread=multi -cpu max -smp {self.cpus}"
-        words += f" -m {self.memory}M{',slots=2,maxmem=8G' if nvdimm else ''}"
+        words += f" -m {self.memory}M{f',slots={len(self.regions)},maxmem=8G' if nvdimm else ''}"
         words += " -nodefaults -no-user-config -display none -no-reboot"
         if self.devices:  # the IOMMU before what is behind it
             words += " -device intel-iommu,intremap=on,caching-mode=on"
@@ -66,9 +74,9 @@ class Machine:
             words += f" -drive if=none,id={name},file={file},cache=unsafe,{how} -device virtio-blk-pci,drive={name}"
         words += f" -device virtio-serial-pci -chardev socket,id=agent,path={directory}/agent,server=on,wait=off"
         words += " -device virtserialport,chardev=agent,name=org.qemu.guest_agent.0"
-        if nvdimm:
-            words += f" -object memory-backend-file,id=nv,mem-path={directory}/nvdimm,size={DAX_MIB}M,share=on"
-            words += " -device nvdimm,memdev=nv,id=nvdimm0"
+        for number, size in enumerate(self.regions if nvdimm else ()):
+            words += f" -object memory-backend-file,id=nv{number},share=on,size={size}M"
+            words += f",mem-path={directory}/nvdimm{number} -device nvdimm,memdev=nv{number},id=nvdimm{number}"
         if self.devices:
             words += f" -drive if=none,id=nvme,file={directory}/nvme,format=raw"
             words += f" -device nvme,drive=nvme,serial=lab1,addr={NVME_ADDRESS[8:10]}.0"

@@ -34,6 +34,8 @@ DEAD = re.compile(
     rb"Kernel panic|\bBUG: (?!soft lockup|workqueue)|general protection fault|Oops:|host VM: no root disk"
 )
 PREFIX = "cpr-host-"
+LEFT = "/state/left"
+"""Stem of the files about the command that left for another kernel."""
 
 
 class HostDied(Exception):
@@ -42,6 +44,14 @@ class HostDied(Exception):
 
 class CommandFailed(Exception):
     """A command in the host VM ended with something else than 0."""
+
+
+class Stayed(Exception):
+    """What was to boot another kernel did not; `said` is how it ended (code -1: it has not ended in time)."""
+
+    def __init__(self, said: Said) -> None:
+        super().__init__(str(said))
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -123,22 +133,35 @@ class Host:
         """Boot another kernel without a reset; returns how long it took until the agent of the new one answered."""
         kernel = kernel or self._kernel
         append = append or self.machine.append()
-        before = self.boot_id()
         files = f"/boot/{kernel}/vmlinuz --initrd=/boot/{kernel}/initrd"
         self.sh(f"kexec -s -l {files} --command-line={shlex.quote(append)}", seconds=60)
         how = "systemctl kexec" if self.machine.systemd else "exec kexec -e"
+        return self.leave(f"sync; {how}", kernel, seconds)
+
+    def leave(self, command: str, kernel: str, seconds: float = 180) -> float:
+        """Run in it what boots the kernel `kernel`, and wait for that boot; returns how long it took.
+
+        Raises Stayed if the command ended otherwise.  What it says is in LEFT.out and LEFT.err.
+        """
+        before = self.boot_id()
+        script = f"sleep 0.3; ({command}) > {LEFT}.out 2> {LEFT}.err; echo $? > {LEFT}.code"
+        self.sh(f"rm -f {LEFT}.*; ({script}) > /dev/null 2>&1 < /dev/null &")
         began = time.monotonic()
-        self.sh(f"sync; (sleep 0.3; {how}) > /dev/null 2>&1 < /dev/null &")
         end = began + seconds
+        look = f"cat /proc/sys/kernel/random/boot_id; cat {LEFT}.code 2> /dev/null || true"
         while True:
             try:
                 self._agent.sync(max(0.1, end - time.monotonic()))
                 # the old agent may swallow it
-                if self.sh("cat /proc/sys/kernel/random/boot_id", seconds=1.5).strip() != before:
-                    break
+                boot, *code = self.sh(look, seconds=1.5).split()
             except AgentSilent:
                 if time.monotonic() > end:
                     raise
+                continue
+            if boot != before:
+                break
+            if code not in ([], ["0"]) or time.monotonic() > end:  # systemd is asked, and comes later
+                raise Stayed(Said(int((code or ["-1"])[0]), self.sh(f"cat {LEFT}.out"), self.sh(f"cat {LEFT}.err")))
             time.sleep(0.1)
         self._kernel = kernel
         self._wait_up(max(1.0, end - time.monotonic()))

@@ -3,12 +3,13 @@
 #
 #   boot ID             the kernel's boot_id
 #   tick N UPTIME       some 80 times a second; N grows by one, UPTIME is in seconds
-#   disk ok N           every tenth block of /dev/vda written, and another one read back as it was written
+#   disk ok N           every tenth block of the disk written, and another one read back as it was written
 #   disk BAD N ...      one that was not
 #   cpu I N             with cpr.busy: a process bound to each CPU, some times a second
 #   e LINE              a line came in on the console
 #
-# Kernel command line: cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
+# The disk is /dev/vda.  Kernel command line: cpr.disk=NAME for another one, which may come late,
+# cpr.awake to refuse to be suspended, cpr.ip=ADDRESS/BITS for eth0, cpr.busy.  On eth0: TCP port 7 echoes, port 19 sends
 # the numbers from 1 on, a line each, as fast as it goes, port 20 eight of them each hundredth of a second.
 # Virtio ports that are called cpr.echo.something echo what comes in on them.
 
@@ -33,17 +34,17 @@ block() {
 }
 
 disk() {
-    blocks=$(($(cat /sys/block/vda/size) / 8))
+    blocks=$(($(cat "/sys/block/$1/size") / 8))
     [ "$blocks" -gt 256 ] && blocks=256
     n=0
     while :; do
         block $n > /run/out
-        dd if=/run/out of=/dev/vda bs=4096 seek=$((n % blocks)) oflag=direct conv=notrunc,fsync 2> /run/dd ||
+        dd if=/run/out of="/dev/$1" bs=4096 seek=$((n % blocks)) oflag=direct conv=notrunc,fsync 2> /run/dd ||
             echo "disk BAD $n cannot write: $(cat /run/dd)"
         back=$blocks
         [ $n -lt "$blocks" ] && back=$((n + 1))
         m=$((n - n * 7919 % back))
-        dd if=/dev/vda of=/run/in bs=4096 skip=$((m % blocks)) count=1 iflag=direct 2> /run/dd ||
+        dd if="/dev/$1" of=/run/in bs=4096 skip=$((m % blocks)) count=1 iflag=direct 2> /run/dd ||
             echo "disk BAD $m cannot read: $(cat /run/dd)"
         block $m | cmp -s - /run/in || echo "disk BAD $m read back as: $(head -c 60 /run/in)"
         [ $((n % 10)) = 0 ] && echo "disk ok $n"
@@ -92,7 +93,7 @@ echo_ports() {          # they appear one after the other
     done
 }
 
-[ -b /dev/vda ] && disk &
+[ -b /dev/vda ] && disk vda &
 echo_console < /dev/console &
 for word in $(cat /proc/cmdline); do
     case $word in
@@ -103,6 +104,11 @@ for word in $(cat /proc/cmdline); do
         nc -ll -p 19 -e seq 1 4000000000 &
         nc -ll -p 20 -e /bin/paced &
         ;;
+    cpr.disk=*)
+        name=${word#cpr.disk=}
+        until [ -b "/dev/$name" ]; do pause 0.05; done && disk "$name" &
+        ;;
+    cpr.awake) mount -o remount,ro /sys ;;      # the agent's way to /sys/power/state
     cpr.busy)
         cpu=0
         while [ $cpu -lt "$(nproc)" ]; do

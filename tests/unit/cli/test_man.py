@@ -11,7 +11,10 @@ from cpr.cli import main
 from cpr.errors import Exit
 
 PAGE = (Path(__file__).parents[3] / "docs/man/cpr.1").read_text().replace("\\-", "-")
-COMMANDS = ("list", "show", "check", "info", "update", "run", "save", "load", "restore", "recover", "runs", "log")
+COMMANDS = (
+    *("list", "show", "check", "info", "update", "run", "save", "load", "restore", "may-start"),
+    *("recover", "runs", "log"),
+)
 
 
 def options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,19 @@ def test_addresses(text: str, address: str) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="not the address"):
         pci.full_address(text)
+
+
+def test_the_module_of_an_unknown_driver_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake modprobe, which fails: that is seen when the device is bound."""
+    calls: list[Sequence[str]] = []
+
+    def run(words: Sequence[str], *, timeout: float) -> None:
+        calls.append(words)
+        raise FileNotFoundError("modprobe")
+
+    monkeypatch.setattr("cpr.linux.process.run", run)
+    pci.load_driver("vfio-pci", root=str(tmp_path))
+    assert calls == [["modprobe", "--", "vfio-pci"]]
+    (tmp_path / "sys/bus/pci/drivers/vfio-pci").mkdir(parents=True)
+    pci.load_driver("vfio-pci", root=str(tmp_path))
+    assert len(calls) == 1
