@@ -19,7 +19,7 @@ from tests.lab.linux import LinuxLog
 from tests.lab.start import Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from tests.lab.counting import CountingLog
     from tests.lab.qemu import QemuBuild
@@ -39,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--guest", choices=("counting", "linux"), nargs="+", default=["counting"])
+    parser.add_argument("--guest", choices=("counting", "linux"), default="counting")
     parser.add_argument("--memory", default="256M")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--accel", default="kvm")
@@ -49,90 +49,66 @@ def main() -> int:
     options = parser.parse_args()
     builds = qemu.obtain(options.old), qemu.obtain(options.new)
     document: dict[str, Any] = {"versions": [build.version for build in builds], "starts": [], "rounds": []}
-    left = options.rounds
-    while left:
-        with contextlib.ExitStack() as stack:
-            subjects = []
-            for kind in options.guest:
-                subject = started(builds[0], kind, options.memory, options.accel, options.cpus)
-                subjects.append(stack.enter_context(subject))
-                document["starts"].append(subjects[-1].seconds)
-                note(f"{kind} counts after {subjects[-1].seconds:.1f} s")
+    while len(document["rounds"]) < options.rounds:
+        with started(builds[0], options.guest, options.memory, options.accel, options.cpus) as subject:
+            document["starts"].append(subject.seconds)
+            note(f"counts after {subject.seconds:.1f} s")
             route = [builds[1], builds[0]] * options.rounds if options.back else [builds[1]]
-            for target in route[:left]:
-                document["rounds"] += move(subjects, target, options.engine)
-                left -= 1
+            for target in route[: options.rounds - len(document["rounds"])]:
+                document["rounds"].append(subject.move(target, options.engine))
     json.dump(document, sys.stdout)
     return 0
-
-
-def move(subjects: Sequence[Subject], target: QemuBuild, engine: str) -> list[dict[str, Any]]:
-    """Update the guests, one after the other, wait until each has shown that it is well, and say what was seen."""
-    before = [subject.ready() for subject in subjects]
-    note("update")
-    began = time.monotonic()
-    words = ["update", "--restart", *(str(subject.pid) for subject in subjects), "--qemu", str(target.binary)]
-    command = [sys.executable, "-m", "cpr", *words, "-y", "--json", "--jobs", "1", "--engine", engine]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    if not done.stdout.startswith("{"):
-        return [{"status": "no answer", "code": done.returncode, "err": done.stderr[-3000:]}]
-    answers = {answer["pid_before"]: answer for answer in json.loads(done.stdout)["guests"]}
-    note(f"{', '.join(answer['status'] for answer in answers.values())} after {seconds:.1f} s")
-    rounds = []
-    for subject in subjects:
-        subject.became(answers[subject.pid])
-    for subject, clock_before in zip(subjects, before, strict=True):
-        answer = next(a for a in answers.values() if a["pid_after"] == subject.pid)
-        problems = subject.watched()
-        rounds.append(
-            {
-                "guest": subject.kind,
-                "status": answer["status"],
-                "same process": answer["pid_before"] == answer["pid_after"],
-                "code": done.returncode,
-                "blackout": answer.get("blackout_seconds"),
-                "seconds": seconds,
-                "silence": subject.guest.log.largest_gap(began),
-                "clock": drift(clock_before, clock(subject.guest.log)),
-                "problems": problems,
-                "stream": None if subject.stream is None else subject.stream.received,
-                "error": answer.get("error"),
-                "findings": [finding["message"] for finding in answer.get("findings", [])],
-            }
-        )
-    note("watched")
-    return rounds
 
 
 class Subject:
     """A guest and its users.  seconds: from the start of its QEMU until it counted."""
 
-    def __init__(self, lab: Lab, kind: str, guest: Guest[Any], seconds: float, stream: tap.Stream | None) -> None:
+    def __init__(self, lab: Lab, guest: Guest[Any], seconds: float, stream: tap.Stream | None) -> None:
         self.lab = lab
-        self.kind = kind
         self.guest = guest
         self.seconds = seconds
         self.stream = stream
         self.pid = guest.pid
 
-    def ready(self) -> tuple[float, float] | None:
-        """Wait until it is at work; what `clock` says then."""
+    def move(self, target: QemuBuild, engine: str) -> dict[str, Any]:
+        """Update it, wait until it has shown that it is well, and say what was seen."""
         log = self.guest.log
         log.wait_ticks(20, 30)
         if isinstance(log, LinuxLog):
             blocks = log.disk_ok
             log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
-        return clock(log)
-
-    def became(self, answer: Mapping[str, Any]) -> None:
-        """The process that it is now is ours to end."""
+        before = clock(log)
+        note("update")
+        began = time.monotonic()
+        words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
+        words += ["--engine", engine]
+        command = [sys.executable, "-m", "cpr", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - began
+        if not done.stdout.startswith("{"):
+            return {"status": "no answer", "code": done.returncode, "err": done.stderr[-3000:]}
+        (answer,) = json.loads(done.stdout)["guests"]
         with contextlib.suppress(ProcessLookupError, TypeError):
             self.lab.adopt(answer["pid_after"])
         self.pid = answer["pid_after"] or self.pid
+        note(f"{answer['status']} after {seconds:.1f} s")
+        problems = self._after()
+        note("watched")
+        return {
+            "status": answer["status"],
+            "same process": answer["pid_before"] == answer["pid_after"],
+            "code": done.returncode,
+            "blackout": answer.get("blackout_seconds"),
+            "seconds": seconds,
+            "silence": log.largest_gap(began),
+            "clock": drift(before, clock(log)),
+            "problems": problems,
+            "stream": None if self.stream is None else self.stream.received,
+            "error": answer.get("error"),
+            "findings": [finding["message"] for finding in answer.get("findings", [])],
+        }
 
-    def watched(self) -> list[str]:
-        """Let it work on in its new QEMU; what is wrong, nothing if all is well."""
+    def _after(self) -> list[str]:
         log = self.guest.log
         problems: list[str] = []
         try:
@@ -182,7 +158,7 @@ def started(build: QemuBuild, kind: str, memory: str, accel: str, cpus: int) -> 
             guest: Guest[Any] = lab.counting(
                 build, memory=memory, accel=accel, backend=ram, hz=HZ, seconds=START_SECONDS
             )
-            yield Subject(lab, kind, guest, time.monotonic() - began, None)
+            yield Subject(lab, guest, time.monotonic() - began, None)
             return
         network = stack.enter_context(tap.Tap())
         image = lab.directory / "disk"
@@ -198,7 +174,7 @@ def started(build: QemuBuild, kind: str, memory: str, accel: str, cpus: int) -> 
             seconds=START_SECONDS,
         )
         seconds = time.monotonic() - began
-        yield Subject(lab, kind, guest, seconds, stack.enter_context(tap.Stream(network.guest)))
+        yield Subject(lab, guest, seconds, stack.enter_context(tap.Stream(network.guest)))
 
 
 if __name__ == "__main__":
