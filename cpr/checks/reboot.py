@@ -25,7 +25,7 @@ STATE_BYTES = 64 << 20
 
 KEPT_HINT = (
     "give the guest persistent memory at its next start: -object memory-backend-file,share=on with mem-path on device "
-    "DAX (/dev/dax0.0) or on a file system mounted with -o dax; a file on a disk is kept too, but slow"
+    "DAX (/dev/dax0.0, with align=2M) or on a file system mounted with -o dax; a file on a disk is kept too, but slow"
 )
 
 

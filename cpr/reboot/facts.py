@@ -149,6 +149,8 @@ def unguarded(unit: str) -> bool:
 
 def restores_by_itself(unit: str = RESTORE_UNIT) -> bool:
     """Whether the unit that restores guests runs in the next boot; without systemd nothing does."""
+    if not kexec.systemd_runs():  # systemctl may be there all the same, and reads what is on disk
+        return False
     try:
         return run(["systemctl", "is-enabled", unit], timeout=SYSTEMD_SECONDS).stdout.strip() == b"enabled"
     except (RunFailed, OSError):

@@ -276,7 +276,8 @@ def command(key: str, guest: AnyGuest[Any], memory: str) -> list[str]:
     """The guest's QEMU as a user would call it; the QEMUs are in the same place as here."""
     name, stem = guest.name, guest.stem
     path = guest.lies.ram or f"/dev/shm/{name}.ram"
-    ram = f"memory-backend-file,id=ram,size={memory},share=on,mem-path={path}"
+    align = ",align=2M" if path.startswith("/dev/dax") else ""  # else it is mapped at any address, and refused (EINVAL)
+    ram = f"memory-backend-file,id=ram,size={memory},share=on,mem-path={path}{align}"
     console = f"socket,id=console,path={stem}.console,server=on,wait=off,logfile={stem}.log"
     return [
         *qemu.obtain(key).command,

@@ -210,8 +210,15 @@ def test_services_that_would_start_again(systemctl: Path, state: str, condition:
     assert facts.unguarded("web1.service") is expected
 
 
-@pytest.mark.parametrize(("state", "expected"), [("enabled", True), ("static", False), ("", False)])
-def test_whether_guests_are_restored_by_themselves(systemctl: Path, state: str, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("booted", "state", "expected"),
+    [(True, "enabled", True), (True, "static", False), (True, "", False), (False, "enabled", False)],
+)
+def test_whether_guests_are_restored_by_themselves(
+    systemctl: Path, monkeypatch: pytest.MonkeyPatch, booted: bool, state: str, expected: bool
+) -> None:
+    """By a systemd that runs: a systemctl that is only there reads the same files."""
+    monkeypatch.setattr(facts.kexec, "systemd_runs", lambda: booted)
     if state:
         systemctl.write_text(f"{state}\n")
     assert facts.restores_by_itself() is expected
