@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from cpr.linux import tun
+from cpr.linux import kexec, tun
 from cpr.linux.dax import storage_of
 from cpr.model import Backing, BlockChain, GuestAgent, OpenFile, ProcessId
 from cpr.qemu.answers import Answers
@@ -218,7 +218,7 @@ def test_whether_guests_are_restored_by_themselves(
     systemctl: Path, monkeypatch: pytest.MonkeyPatch, booted: bool, state: str, expected: bool
 ) -> None:
     """By a systemd that runs: a systemctl that is only there reads the same files."""
-    monkeypatch.setattr(facts.kexec, "systemd_runs", lambda: booted)
+    monkeypatch.setattr(kexec, "systemd_runs", lambda: booted)
     if state:
         systemctl.write_text(f"{state}\n")
     assert facts.restores_by_itself() is expected
