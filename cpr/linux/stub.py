@@ -22,6 +22,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.linux import procfile
 from cpr.linux.maps import read_maps
 
 if TYPE_CHECKING:
@@ -200,7 +201,10 @@ def find_room(pid: int) -> Room | None:
         ProcessLookupError, PermissionError.
     """
     mappings = read_maps(pid)
-    program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    try:
+        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    except FileNotFoundError:  # it has ended, and nobody has reaped it yet
+        raise procfile.gone(pid) from None
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         code = [m for m in mappings if m.perms == "r-xp" and m.inode]

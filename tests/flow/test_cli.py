@@ -86,7 +86,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.mark.qemu
 @pytest.mark.everyday
-@pytest.mark.parametrize("key", ["7.2", "10.0", "11.1.a"])
+@pytest.mark.parametrize("key", ["7.2", *(pytest.param(key, marks=pytest.mark.full) for key in ("10.0", "11.1.a"))])
 def test_run_and_what_follows(lab: Lab, key: str) -> None:
     """A guest started by `cpr run` can be seen, checked and moved; named by its pid, as others may run here."""
     try:

@@ -59,6 +59,7 @@ def comparable(environ: Sequence[str]) -> list[str]:
     return [re.sub(r"^(CPR_FD_\w+)=\d+,\d+$", r"\1=...", entry) for entry in without_run]
 
 
+@pytest.mark.full
 @pytest.mark.timeout(120)
 def test_six_updates_in_a_row(lab: Lab, cpr: Command) -> None:
     born = build("11.1.a")

@@ -28,7 +28,9 @@ TOLD: dict[str, set[str]] = {
 """What cpr may have said of a guest that is where it is."""
 
 
-@pytest.mark.parametrize("kinds", [pytest.param(CPR, id="cpr"), pytest.param(TRACER, id="tracer")])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(CPR, id="cpr"), pytest.param(TRACER, id="tracer", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("times", [FEW, rounds(500)])
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments(
