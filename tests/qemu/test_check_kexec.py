@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 MEMORY = "32M"
 VOLATILE = "ram-volatile-over-kexec"
-HUGE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
 def judged(cpr: Command, *guests: object, **named: Any) -> dict[str, dict[str, Any]]:
@@ -100,9 +99,8 @@ def on_disk(path: Path) -> bool:
     return os.stat(path).st_dev not in {os.stat(p).st_dev for p in ("/dev/shm", "/run") if os.path.ismount(p)}
 
 
+@pytest.mark.usefixtures("huge_pages")
 def test_huge_pages(lab: Lab, builds: Callable[[str], QemuBuild], cpr: Command) -> None:
-    if not HUGE.exists() or int(HUGE.read_text()) < 16:
-        pytest.skip("no 16 huge pages of 2 MiB are free")
     backend = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"
     guest = lab.counting(builds("7.2"), memory=MEMORY, backend=backend)
     with untouched(lab, guest):
