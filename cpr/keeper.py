@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from cpr import errors
 from cpr.errors import Busy, CprError, Exit, JournalError
 from cpr.journal import Journal, journal_path, open_journal_of, read, run_directory
-from cpr.linux import proc
+from cpr.linux import ours, proc
 from cpr.linux.lock import LOOK, LOOK_SECONDS, LockHeld, holder_of, make_run_directory, patient_lock
 from cpr.model import Outcome, Plan, Status
 from cpr.run import Bounds, Run
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from cpr.model import ProcessId
 
 LENGTH = struct.Struct("=Q")
-OOM_SCORE = "-1000"
 BUSY_SECONDS = 60.0
 """How long somebody else is left to recover what our keeper left."""
 WAIT = "wait for it, or look at cpr runs"
@@ -127,15 +126,13 @@ def start(plan: Plan, *, run_id: str, bounds: Bounds | None = None, base: str | 
         OSError: no process can be started.
     """
     request = _Request(plan=plan, run_id=run_id, bounds=bounds or Bounds(), base=base or run_directory())
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "cpr.keeper"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=ours.environment(),
     )
     assert process.stdin is not None
     pickled = pickle.dumps(request)
@@ -177,10 +174,7 @@ def _interrupted(run: str) -> Busy:
 
 def main() -> None:
     """The keeper itself."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(OOM_SCORE)
+    ours.outlive()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     sys.setswitchinterval(0.001)

@@ -30,7 +30,7 @@ from cpr.engines import graft, mend
 from cpr.engines.relay import Relay
 from cpr.errors import CprError, MonitorError, MonitorHeld
 from cpr.journal import run_directory
-from cpr.linux import proc
+from cpr.linux import ours, proc
 from cpr.linux.lock import LOOK, LOOK_SECONDS, LockHeld, ProcessLock, make_run_directory, patient_lock
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracer import Tracer
@@ -128,8 +128,6 @@ def borrowed(process: ProcessId, address: MonitorAddress) -> Iterator[tuple[Moni
 
 
 def _start(process: ProcessId, address: MonitorAddress, there: socket.socket) -> subprocess.Popen[bytes]:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     request = {
         "pid": process.pid,
         "start_time": process.start_time,
@@ -142,7 +140,7 @@ def _start(process: ProcessId, address: MonitorAddress, there: socket.socket) ->
         stdout=subprocess.DEVNULL,
         stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=ours.environment(),
     )
 
 
@@ -215,10 +213,7 @@ def _working(locked: LockHeld) -> str:
 
 def main() -> None:
     """The lender itself. It ends by the end of its socket only."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-1000")
+    ours.outlive((*ours.HANG_UPS, signal.SIGTERM))
     sys.setswitchinterval(0.001)
     sock = socket.socket(fileno=os.dup(0))
     request = json.loads(sys.argv[1])

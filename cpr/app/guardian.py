@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from cpr.linux import ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +35,6 @@ def guard(path: str) -> Iterator[int]:
     Raises:
         OSError: no process can be started.
     """
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "cpr.app.guardian", path],
         stdin=subprocess.PIPE,
@@ -43,7 +42,7 @@ def guard(path: str) -> Iterator[int]:
         stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": search},
+        env=ours.environment(),
     )
     assert process.stdin is not None
     try:
@@ -61,10 +60,7 @@ def guard(path: str) -> Iterator[int]:
 
 def main() -> None:
     """The guardian itself."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-1000")
+    ours.outlive()
     path = sys.argv[1]
     if sys.stdin.buffer.read() == DONE:
         return

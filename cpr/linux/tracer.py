@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from cpr.errors import Blocked, CprError, PrivilegeError
-from cpr.linux import births, stub
+from cpr.linux import births, ours, stub
 from cpr.linux.process import Process, open_process
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ _PROGRAM = "from cpr.linux.tracer import main; main()"
 _LENGTH = struct.Struct("=Q")
 START_SECONDS = 10.0
 DONE_SECONDS = 30.0
-_OOM_SCORE = "-1000"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +131,6 @@ class Tracer:
         Raises:
             OSError: no helper can be started. ProcessLookupError, PermissionError: as seen by the helper.
         """
-        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
         here, there = socket.socketpair()
         with there:
             helper = subprocess.Popen(
@@ -142,7 +139,7 @@ class Tracer:
                 stdout=subprocess.DEVNULL,
                 stderr=None if os.environ.get("CPR_DEBUG") else subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=ours.environment(PYTHONDONTWRITEBYTECODE="1"),
             )
         tracer = cls(helper, here)
         try:
@@ -335,10 +332,7 @@ def _told(error: CprError | OSError | ValueError) -> Reply:
 
 def main() -> None:
     """The helper itself. It ends by the end of its socket only: nothing is to interrupt it half way."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(_OOM_SCORE)
+    ours.outlive((*ours.HANG_UPS, signal.SIGTERM))
     sock = socket.socket(fileno=os.dup(0))
     pid, start_time = (int(word) for word in sys.argv[1:3])
     try:
