@@ -19,7 +19,7 @@ from cpr.app import bringback
 from cpr.app.examine import in_parallel
 from cpr.errors import AS_BEFORE, NEEDS_YOU, Busy, CprError, Exit
 from cpr.linux import proc
-from cpr.linux.process import open_process
+from cpr.linux.process import lives, open_process
 from cpr.model import Outcome, ProcessId, Status
 from cpr.qemu import qmp
 from cpr.reboot import manifest as manifests
@@ -78,7 +78,7 @@ def finish_held(path: str, world: World) -> tuple[Outcome, ...]:
     if manifest.release:
         with contextlib.suppress(CprError):
             world.unload_kernel()
-    alive = {g.pid for g in manifest.guests if _lives(g.process)}
+    alive = {g.pid for g in manifest.guests if lives(g.process.pid, g.process.start_time)}
     stuck = {g.pid for g in manifest.open if g.pid in alive and _ended_as_stuck(g)}
     alive -= stuck
     going = [g for g in manifest.guests if g.pid in alive and g.restore.result in (Result.OPEN, Result.CONTINUED)]
@@ -115,12 +115,6 @@ def _held(path: str, patience: float) -> ProcessLock:
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
-
-
-def _lives(process: ProcessId) -> bool:
-    with contextlib.suppress(OSError), open_process(process.pid, process.start_time) as it:
-        return it.alive()
-    return False
 
 
 def _ended_as_stuck(saved: SavedGuest) -> bool:
@@ -221,7 +215,7 @@ def finish_loaded(path: str, guests: Iterable[SavedGuest]) -> tuple[Outcome, ...
 def _loaded(path: str, saved: SavedGuest) -> Outcome:
     """Its new QEMU has the state, and may not have been told to go on."""
     new = ProcessId(saved.restore.pid, saved.restore.start_time)
-    if not _lives(new):
+    if not lives(new.pid, new.start_time):
         where = f"the QEMU that had loaded its state (pid {new.pid}) has ended: its RAM may have moved on"
         return replace(_needs(saved, where, ""), hint="it cannot be loaded again; start it afresh")
     assert saved.monitor is not None

@@ -124,7 +124,11 @@ def patient_lock(
 
 def holder_of(directory: str, pid: int, start_time: int) -> dict[str, Any] | None:
     """What the holder of a process's lock wrote; None: nobody holds it, as far as we may look."""
-    path = os.path.join(directory, "locks", f"{pid}-{start_time}")
+    return file_holder(os.path.join(directory, "locks", f"{pid}-{start_time}"))
+
+
+def file_holder(path: str) -> dict[str, Any] | None:
+    """As `holder_of`, of a `file_lock`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

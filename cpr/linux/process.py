@@ -222,3 +222,10 @@ def open_process(pid: int, start_time: int | None = None) -> Process:
         pidfd.close()
         raise
     return process
+
+
+def lives(pid: int, start_time: int) -> bool:
+    """Whether this very process is still there, as far as we may look. One that has ended and is not reaped is not."""
+    with contextlib.suppress(OSError), open_process(pid, start_time) as process:
+        return process.alive()
+    return False

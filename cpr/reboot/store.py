@@ -20,18 +20,24 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from cpr.errors import Busy, NotFound
+from cpr.errors import Busy, ManifestError, NotFound
 from cpr.linux import proc
 from cpr.linux.appendfile import sync_directory
-from cpr.linux.lock import LockHeld, file_lock
+from cpr.linux.lock import LockHeld, file_holder, file_lock
+from cpr.linux.process import lives
 from cpr.reboot import manifest as manifests
+from cpr.reboot.manifest import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cpr.linux.lock import ProcessLock
     from cpr.reboot.manifest import Manifest, SavedGuest
 
 DEFAULT_DIRECTORY = "/var/lib/cpr"
 CURRENT = "current"
+KEPT_RUNS = 20
+"""So many runs keep their record, and those that are not over."""
 MANIFEST_SUFFIX = ".manifest"
 OLD_SUFFIX = ".old"
 
@@ -42,7 +48,7 @@ def state_directory() -> str:
 
 
 def make_run(run: str, base: str | None = None) -> str:
-    """Make the directory of a run; its path.
+    """Make the directory of a run; its path. The records of old runs are removed.
 
     Raises:
         ManifestError: one above it is not ours alone. OSError.
@@ -52,6 +58,7 @@ def make_run(run: str, base: str | None = None) -> str:
     for part in ("", "reboot", run):
         path = os.path.join(path, part).rstrip("/")
         manifests.make_directory(path)
+    prune(base)
     return path
 
 
@@ -68,11 +75,16 @@ def make_current(directory: str) -> None:
 
 def drop_current(directory: str) -> None:
     """`current` names this run no more, if it did. OSError."""
-    link = _current(directory)
-    with contextlib.suppress(FileNotFoundError):
-        if os.readlink(link) == os.path.basename(directory):
-            os.unlink(link)
-            sync_directory(link)
+    if is_current(directory):
+        os.unlink(_current(directory))
+        sync_directory(_current(directory))
+
+
+def is_current(directory: str) -> bool:
+    """Whether `current` names this run, as far as we may look."""
+    with contextlib.suppress(OSError):
+        return os.readlink(_current(directory)) == os.path.basename(directory)
+    return False
 
 
 def _current(directory: str) -> str:
@@ -95,6 +107,47 @@ def current(base: str | None = None) -> str:
     return os.path.join(directory, manifests.NAME)
 
 
+def runs(base: str | None = None) -> tuple[str, ...]:
+    """Paths of the manifests of all runs, the oldest first; not each has to be there. OSError."""
+    directory = os.path.join(base or state_directory(), "reboot")
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return ()
+    return tuple(os.path.join(directory, name, manifests.NAME) for name in names)
+
+
+def prune(base: str | None = None) -> None:
+    """Remove the records of old runs, of which nobody waits for anything any more. Never raises."""
+    with contextlib.suppress(OSError):
+        for path in runs(base)[:-KEPT_RUNS]:
+            directory = os.path.dirname(path)
+            if not is_current(directory) and _is_over(path):
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_over(path: str) -> bool:
+    """All guests are back, given up or went on, and none of those that were brought back still runs."""
+    try:
+        manifest = manifests.read_file(path)
+    except NotFound as error:
+        return not isinstance(error, ManifestError)  # it came to nothing before there was one
+    if manifest.open and manifest.phase is not Phase.UNDONE:
+        return False
+    return not any(lives(g.restore.pid, g.restore.start_time) for g in manifest.guests if g.restore.pid)
+
+
+def working_on(path: str) -> str:
+    """Who works on a manifest, as far as we may look; "" for nobody."""
+    holder = file_holder(f"{path}.lock")
+    return _who(holder) if holder is not None else ""
+
+
+def _who(holder: Mapping[str, object]) -> str:
+    return f"{holder.get('command', 'somebody')} (pid {holder.get('pid', '?')})"
+
+
 def hold(path: str, what: str) -> ProcessLock:
     """Work on a manifest and what it tells of, alone, until released; by two at once a guest could be loaded twice.
 
@@ -105,7 +158,7 @@ def hold(path: str, what: str) -> ProcessLock:
         holder = {"command": what}
         return file_lock(f"{path}.lock", boot_id=proc.boot_id(), owner_uid=os.geteuid(), holder=holder)
     except LockHeld as held:
-        who = f"{held.holder.get('command', 'somebody')} (pid {held.holder.get('pid', '?')})"
+        who = _who(held.holder)
         raise Busy(f"{who} is working on {path}", held.holder, hint="wait for it") from None
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cpr.errors import CprError, Exit
 from cpr.linux import dax, pci, proc, procfile
-from cpr.linux.process import open_process
+from cpr.linux.process import lives
 from cpr.model import Backing
 from cpr.persistence import identity
 from cpr.reboot import stamp
@@ -52,7 +52,7 @@ def verify(saved: SavedGuest, manifest: Manifest) -> None:
     if rebooted and manifest.mode is Mode.RESTART:
         why = "it was saved for a restart of QEMU, and the host was booted since: its RAM is gone"
         raise NotRestorable(saved.label, (why,), hint="start it afresh")
-    if not rebooted and _lives(saved):
+    if not rebooted and lives(saved.pid, saved.likeness.start_time):
         why = f"the QEMU that it was saved from (pid {saved.pid}) is still there"
         raise NotRestorable(saved.label, (why,), hint="cpr recover brings it to an end")
     reasons = [*_state(saved), *(line for ram in saved.ram for line in _ram(ram)), *_disks(saved), *_vfio(saved)]
@@ -88,12 +88,6 @@ def _result(saved: SavedGuest) -> str:
         Result.CONTINUED: "it went on in the QEMU that it was saved from: its RAM has moved on",
         Result.GIVEN_UP: "it was given up",
     }[saved.restore.result]
-
-
-def _lives(saved: SavedGuest) -> bool:
-    with contextlib.suppress(OSError), open_process(saved.pid, saved.likeness.start_time) as process:
-        return process.alive()
-    return False
 
 
 def _state(saved: SavedGuest) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from cpr.linux import proc
+from cpr.linux import process as processes
 from cpr.linux.process import RunFailed, RunTimeout, open_process, run
 from tests.kernel.support import child, eventually
 
@@ -97,6 +98,18 @@ def test_open_process_wants_the_very_process() -> None:
         with pytest.raises(ProcessLookupError):
             open_process(2**22 - 1)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_lives_is_asked_of_the_very_process() -> None:
+    started = subprocess.Popen(["sleep", "1000"])
+    start_time = proc.process_start_time(started.pid)
+    assert processes.lives(started.pid, start_time)
+    assert not processes.lives(started.pid, start_time + 1)
+    started.kill()
+    eventually(lambda: proc.is_zombie(started.pid))
+    assert not processes.lives(started.pid, start_time), "one that nobody has reaped has ended"
+    started.wait()
+    assert not processes.lives(started.pid, start_time)
 
 
 FORKER = """

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cpr.errors import Busy, ManifestError, NotFound
+from cpr.linux.process import open_process
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
 from cpr.reboot.files import StateFile
-from cpr.reboot.manifest import Restore, Result
+from cpr.reboot.manifest import Phase, Restore, Result
 from tests.unit.reboot.saved import guest, manifest
 
 if TYPE_CHECKING:
@@ -105,3 +106,45 @@ def test_a_save_that_was_undone_leaves_nothing(tmp_path: Path) -> None:
     path = manifests.write_file(f"{file}.manifest", manifest())
     store.forget(path)
     assert os.listdir(tmp_path) == []
+
+
+def put(base: str, run: str, phase: Phase = Phase.JUMPING, restore: Restore | None = None) -> str:
+    """A run of one guest; its directory."""
+    directory = store.make_run(run, base)
+    saved = replace(guest(), restore=restore or Restore(result=Result.RESTORED, pid=1 << 30, start_time=1))
+    manifests.write(directory, replace(manifest(saved), run=run, phase=phase))
+    return directory
+
+
+def test_old_records_go_and_whatever_somebody_waits_for_stays(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "KEPT_RUNS", 2)
+    ours = open_process(os.getpid())
+    ours.close()
+    runs_on = Restore(result=Result.RESTORED, pid=ours.pid, start_time=ours.start_time)
+    put(base, "01-back")
+    put(base, "02-waiting", restore=Restore())
+    put(base, "03-undone", Phase.UNDONE, Restore())
+    put(base, "04-given-up", restore=Restore(result=Result.GIVEN_UP))
+    put(base, "05-runs-on", restore=runs_on)
+    store.make_current(put(base, "06-current"))
+    os.mkdir(os.path.join(base, "reboot", "07-came-to-nothing"))
+    damaged = os.path.join(put(base, "08-damaged"), manifests.NAME)
+    with open(damaged, "r+b") as file:
+        file.truncate(100)
+    for run in ("09", "10"):
+        put(base, run)
+    names = [os.path.basename(os.path.dirname(path)) for path in store.runs(base)]
+    assert names == ["02-waiting", "05-runs-on", "06-current", "08-damaged", "09", "10"]
+
+
+def test_no_runs(base: str) -> None:
+    assert store.runs(base) == ()
+    store.prune(base)
+
+
+def test_who_works_on_a_manifest(tmp_path: Path) -> None:
+    path = str(tmp_path / "manifest.json")
+    assert store.working_on(path) == ""
+    with store.hold(path, "restore"):
+        assert store.working_on(path) == f"restore (pid {os.getpid()})"
+    assert store.working_on(path) == ""
