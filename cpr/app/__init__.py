@@ -5,7 +5,7 @@ modes     info
 reboot    check_kexec                  the same for a new host kernel
 update    prepare -> Prepared, perform -> Update
 start     run                                start a guest that can be updated later
-runs      recover, runs, log
+runs      recover, runs, reboots, log
 world     everything that reads or writes the machine comes through `World`, so that a test gives values instead
 """
 
@@ -15,12 +15,13 @@ from cpr.app.modes import Modes, info
 from cpr.app.reboot import perform_reboot
 from cpr.app.rebootable import Jump, RebootCheck, check_kexec
 from cpr.app.restore import restore
-from cpr.app.runs import log, recover, runs
+from cpr.app.runs import log, reboots, recover, runs
 from cpr.app.start import Started, run
 from cpr.app.update import Prepared, Stop, Update, perform, prepare, worst
 from cpr.app.world import Choices, Handle, World, real_world
 from cpr.reboot.claims import claim_on
 from cpr.reboot.manifest import Mode as SaveMode
+from cpr.reboot.story import Story
 
 __all__ = [
     "Choices",
@@ -34,6 +35,7 @@ __all__ = [
     "Saved",
     "Started",
     "Stop",
+    "Story",
     "Update",
     "World",
     "check",
@@ -47,6 +49,7 @@ __all__ = [
     "perform_reboot",
     "prepare",
     "real_world",
+    "reboots",
     "recover",
     "restore",
     "run",

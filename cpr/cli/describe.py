@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.registry import blockers
 from cpr.checks.words import size, some
-from cpr.cli.output import colored, facts, finding_lines, table
+from cpr.cli.output import colored, facts, finding_lines, moment, table
 from cpr.model import Severity
 from cpr.progress import milliseconds
+from cpr.reboot.story import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Update
+    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Story, Update
     from cpr.journal import Record
     from cpr.model import Binary, Guest, Outcome, Plan
+    from cpr.reboot.manifest import SavedGuest
 
 
 def list_lines(guests: Iterable[Examined]) -> list[str]:
@@ -283,3 +285,51 @@ def journal_lines(record: Record) -> list[str]:
     if record.outcome and record.outcome.get("where"):
         lines.append(f"  then: {record.outcome['where']}")
     return lines
+
+
+def reboot_row(it: Story) -> tuple[str, ...]:
+    """A line of `cpr runs`: all guests of a reboot, or the one that was saved by hand."""
+    manifest = it.manifest
+    guests = some([g.label for g in manifest.guests], 3)
+    result = standing(it)
+    if it.worker:
+        result = f"{it.worker} is working on it"
+    elif it.next:
+        result += f": {it.next}"
+    if it.by_hand and manifest.guests:
+        before, after = manifest.guests[0].binary_before, manifest.guests[0].binary_after
+        return (manifest.run, guests, "save", before.version or "?", after.version or "?", result)
+    return (manifest.run, guests, "reboot", manifest.release_before, manifest.release, result)
+
+
+def standing(it: Story) -> str:
+    """`2 back, 1 waiting`."""
+    return ", ".join(f"{count} {str(place).replace('_', ' ')}" for place, count in it.counts.items())
+
+
+def reboot_lines(it: Story) -> list[str]:
+    """`cpr log`: a reboot, or a save by hand."""
+    manifest = it.manifest
+    what = f"saved to {it.file}" if it.by_hand else f"kernel {manifest.release_before} -> {manifest.release}"
+    booted = "" if it.here else ", the host was booted since"
+    lines = [f"run {manifest.run}: {what}, {moment(manifest.time)}, {manifest.phase}{booted}: {standing(it)}"]
+    for guest in manifest.guests:
+        versions = f"QEMU {guest.binary_before.version or '?'} -> {guest.binary_after.version or '?'}"
+        lines.append(f"  {guest.label} (pid {guest.pid}), {versions}: {_place_words(it, guest)}")
+        if guest.restore.words:
+            lines.append(f"    {guest.restore.words}")
+        if it.place(guest) is Place.WAITING and guest.state is not None:
+            lines.append(f"    state in {guest.state.path}, RAM in {some([r.path for r in guest.ram])}")
+    if it.worker:
+        lines.append(f"  now: {it.worker} is working on it")
+    return [*lines, *([f"  next: {it.next}"] if it.next else [])]
+
+
+def _place_words(it: Story, guest: SavedGuest) -> str:
+    place, restore = it.place(guest), guest.restore
+    words = str(place).replace("_", " ")
+    if place in (Place.BACK, Place.LOADED):
+        words += f" as pid {restore.pid}"
+    elif restore.tries:
+        words += f", {restore.tries} attempt(s)"
+    return words + (f", {moment(restore.time)}" if restore.time else "")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpr.checks.registry import blockers
-from cpr.cli.output import error_json
+from cpr.cli.output import error_json, moment
 
 if TYPE_CHECKING:
-    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Started, Update
+    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Started, Story, Update
     from cpr.journal import Record
     from cpr.model import Binary, Outcome, Plan, RamBlock
+    from cpr.reboot.manifest import SavedGuest
 
 
 def binary(it: Binary | None) -> dict[str, Any] | None:
@@ -205,6 +206,7 @@ def run(records: tuple[Record, ...]) -> dict[str, Any]:
     return {
         "run": records[0].run,
         "time": timestamp(records[0]),
+        "mode": "restart",
         "guests": [journal(r, steps=False) for r in records],
     }
 
@@ -232,9 +234,48 @@ def journal(record: Record, *, steps: bool = True) -> dict[str, Any]:
 
 def timestamp(record: Record) -> str:
     """When a run began, as RFC 3339."""
-    import datetime
+    return moment(float(record.header.get("time", 0)))
 
-    return datetime.datetime.fromtimestamp(float(record.header.get("time", 0)), datetime.UTC).isoformat("T", "seconds")
+
+def reboot(it: Story) -> dict[str, Any]:
+    """A reboot, or a save by hand, of `cpr runs --json` and `cpr log --json`."""
+    manifest = it.manifest
+    return {
+        "run": manifest.run,
+        "time": moment(manifest.time),
+        "mode": "save" if it.by_hand else "reboot",
+        "manifest": it.path,
+        "kernel_before": manifest.release_before,
+        "kernel_after": manifest.release or None,
+        "phase": str(manifest.phase),
+        "booted_since": not it.here,
+        "open": it.open,
+        "counts": {str(place): count for place, count in it.counts.items()},
+        "worker": it.worker or None,
+        "next": it.next or None,
+        "guests": [saved_guest(it, guest) for guest in manifest.guests],
+    }
+
+
+def saved_guest(it: Story, guest: SavedGuest) -> dict[str, Any]:
+    """A guest of a reboot."""
+    restore = guest.restore
+    return {
+        "name": guest.name,
+        "uuid": guest.uuid,
+        "place": str(it.place(guest)),
+        "pid_before": guest.pid,
+        "pid_after": restore.pid or None,
+        "runstate_before": guest.runstate,
+        "binary_before": binary(guest.binary_before),
+        "binary_after": binary(guest.binary_after),
+        "state": guest.state.path if guest.state else None,
+        "state_bytes": guest.state.size if guest.state else None,
+        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+        "attempts": restore.tries,
+        "time": moment(restore.time) if restore.time else None,
+        "error": restore.words or None,
+    }
 
 
 def _status(code: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cpr.cli.options import Json
-from cpr.cli.output import Output, say, table
+from cpr.cli.output import Output, error_json, moment, say, say_error, table
 from cpr.errors import Exit
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run as `cpr runs` names it.")]
@@ -29,30 +29,42 @@ def recover_command(run: OneRun = None, json: Json = False) -> int:
 
 
 def runs_command(json: Json = False) -> int:
-    """Runs of this host, the newest last."""
+    """Runs of this host, the newest last: restarts, reboots, and guests saved by hand."""
     from cpr import app
     from cpr.cli import describe, documents
 
-    grouped = [tuple(group) for _, group in groupby(app.runs(), key=lambda record: record.run)]
+    restarts = [tuple(group) for _, group in groupby(app.runs(), key=lambda record: record.run)]
+    reboots, untold = app.reboots()
     if json:
-        Output(json, "runs").document(runs=[documents.run(group) for group in grouped])
-    elif not grouped:
-        say("no runs")
-    else:
-        rows = [describe.run_row(record) for group in grouped for record in group]
-        say("\n".join(table(("RUN", "GUEST", "ENGINE", "FROM", "TO", "RESULT"), rows)))
+        entries = [*map(documents.run, restarts), *map(documents.reboot, reboots)]
+        entries.sort(key=lambda entry: str(entry["time"]))
+        Output(json, "runs").document(runs=entries, unreadable=[error_json(error) for error in untold])
+        return Exit.OK
+    for error in untold:
+        say_error(error)
+    dated = [(documents.timestamp(group[0]), [describe.run_row(record) for record in group]) for group in restarts]
+    dated += [(moment(it.manifest.time), [describe.reboot_row(it)]) for it in reboots]
+    rows = [row for _, several in sorted(dated, key=lambda pair: pair[0]) for row in several]
+    say("\n".join(table(("RUN", "GUEST", "ENGINE", "FROM", "TO", "RESULT"), rows)) if rows else "no runs")
     return Exit.OK
 
 
 def log_command(run: Run, json: Json = False) -> int:
-    """The journal of one run: every step, and what came out."""
+    """One run: the journal of every step and what came out, or what became of every saved guest."""
     from cpr import app
     from cpr.cli import describe, documents
 
-    records = app.log(run)
+    found = app.log(run)
+    if isinstance(found, app.Story):
+        if json:
+            Output(json, "log").document(**documents.reboot(found))
+        else:
+            say("\n".join(describe.reboot_lines(found)))
+        return Exit.OK
     if json:
-        guests = [documents.journal(record) for record in records]
-        Output(json, "log").document(run=run, time=documents.timestamp(records[0]), guests=guests)
+        guests = [documents.journal(record) for record in found]
+        time = documents.timestamp(found[0])
+        Output(json, "log").document(run=run, time=time, mode="restart", guests=guests)
     else:
-        say("\n".join(line for record in records for line in describe.journal_lines(record)))
+        say("\n".join(line for record in found for line in describe.journal_lines(record)))
     return Exit.OK

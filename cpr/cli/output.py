@@ -115,3 +115,10 @@ def finding_lines(findings: Iterable[Finding], indent: str = "  ") -> list[str]:
         if finding.hint:
             lines.append(f"{indent}    way out: {finding.hint}")
     return lines
+
+
+def moment(seconds: float) -> str:
+    """A time (seconds since the epoch) as RFC 3339."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat("T", "seconds")

@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(directory: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One call of cpr with a run directory of its own, not on a terminal."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CPR_RUN_DIR": str(directory), **environment}
+    """One call of cpr with directories of its own, not on a terminal."""
+    own = {"CPR_RUN_DIR": str(directory), "CPR_STATE_DIR": str(directory / "state")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **own, **environment}
     return subprocess.run(
         [sys.executable, "-m", "cpr", *words],
         capture_output=True,
@@ -61,7 +62,8 @@ def test_exit_codes(tmp_path: Path, words: tuple[str, ...], code: int, said: str
 
 
 def test_runs_of_an_empty_host(tmp_path: Path) -> None:
-    assert json.loads(call(tmp_path, "runs", "--json").stdout) == {"format": "cpr.runs/1", "runs": []}
+    nothing = {"format": "cpr.runs/1", "runs": [], "unreadable": []}
+    assert json.loads(call(tmp_path, "runs", "--json").stdout) == nothing
     assert call(tmp_path, "recover").returncode == 0
 
 

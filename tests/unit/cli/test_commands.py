@@ -54,6 +54,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     for module in ("examine", "modes", "rebootable", "update"):
         monkeypatch.setattr(f"cpr.app.{module}.real_world", made.world)
     monkeypatch.setenv("CPR_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("CPR_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr("cpr.config.FILES", ())
     use_color("auto")
     return made

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CPR_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("CPR_STATE_DIR", str(tmp_path / "state"))
     return tmp_path
 
 
