@@ -121,7 +121,9 @@ class LiveLines:
         _say(self._stream, up + "".join(f"\r{line}\x1b[K\n" for line in lines))
 
     def close(self) -> None:
-        """The last state of each guest stays on the screen."""
+        """The last state of each guest stays on the screen: what comes after all begins below it."""
+        with self._lock:
+            self._lines.clear()
 
 
 def sentence(event: Mapping[str, Any], *, live: bool = False) -> str:

@@ -12,7 +12,7 @@ world     everything that reads or writes the machine comes through `World`, so 
 from cpr.app.byhand import Saved, load, save
 from cpr.app.examine import Examined, check, list_guests, show
 from cpr.app.modes import Modes, info
-from cpr.app.reboot import perform_reboot
+from cpr.app.reboot import Departure, perform_reboot
 from cpr.app.rebootable import Jump, RebootCheck, check_kexec
 from cpr.app.restore import restore
 from cpr.app.runs import log, reboots, recover, runs
@@ -25,6 +25,7 @@ from cpr.reboot.story import Story
 
 __all__ = [
     "Choices",
+    "Departure",
     "Examined",
     "Handle",
     "Jump",

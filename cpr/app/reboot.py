@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.app.byhand import locked
@@ -28,10 +28,11 @@ from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
+from cpr.reboot.facts import RESTORE_UNIT
 from cpr.reboot.manifest import Manifest, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cpr.app.examine import Examined
     from cpr.app.rebootable import RebootCheck
@@ -43,10 +44,31 @@ if TYPE_CHECKING:
 SAVED = "saved: the host jumps into the new kernel, and it goes on there"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """All guests are saved and their QEMUs have ended; the jump comes next."""
+
+    update: Update
+    manifest: Manifest
+    path: str
+    """Of the manifest."""
+    restored_by: str
+    """The unit that brings them back after the boot; "" where nothing does by itself."""
+
+
 def perform_reboot(
-    check: RebootCheck, choices: Choices, progress: Progress, stop: Stop, world: World | None = None
+    check: RebootCheck,
+    choices: Choices,
+    progress: Progress,
+    stop: Stop,
+    world: World | None = None,
+    *,
+    leaving: Callable[[Departure], None] = lambda departure: None,
 ) -> Update:
     """Save every guest and jump; all or nothing. Where this returns with exit code 0 the host is going down.
+
+    `leaving` is called in front of the jump, which may leave no time for anything after it. Should it be refused, all
+    that comes back then is in the answer.
 
     Raises:
         Blocked: the host is, or there is no guest. Busy, KexecFailed, CprError, OSError: nothing was touched.
@@ -71,7 +93,7 @@ def perform_reboot(
         directory = store.make_run(run_id)
         path = os.path.join(directory, manifests.NAME)
         held.enter_context(store.hold(path, "update --kexec"))
-        return _Reboot(check, choices, run_id, progress, stop, world, directory).run()
+        return _Reboot(check, choices, run_id, progress, stop, world, directory, leaving).run()
 
 
 def _nobody_left() -> None:
@@ -103,6 +125,7 @@ class _Reboot:
         stop: Stop,
         world: World,
         directory: str,
+        leaving: Callable[[Departure], None],
     ) -> None:
         self.check = check
         self.run_id = run_id
@@ -110,6 +133,7 @@ class _Reboot:
         self.stop = stop
         self.world = world
         self.directory = directory
+        self.leaving = leaving
         self.path = os.path.join(directory, manifests.NAME)
         self.began = time.monotonic()
         self.timeout = choices.timeout
@@ -167,10 +191,20 @@ class _Reboot:
             os.sync()
             self._write_guests(Phase.JUMPING)
             self._say("jump into the new kernel")
+            update = self._update([self._saved(e) for e in self.check.guests])
+            self._leave(update)
             self.world.jump()
         except BaseException as error:
             return self._bring_back(error, Phase.COMMITTED, "the jump was not made")
-        return self._update([self._saved(e) for e in self.check.guests])
+        return update
+
+    def _leave(self, update: Update) -> None:
+        """Whoever is told may be gone: that keeps no host from going on."""
+        assert self.manifest is not None
+        restored_by = RESTORE_UNIT if self.check.kexec.restores_by_itself else ""
+        departure = Departure(update=update, manifest=self.manifest, path=self.path, restored_by=restored_by)
+        with contextlib.suppress(OSError, ValueError):
+            self.leaving(departure)
 
     def _undo(self, error: BaseException) -> Update:
         """Every guest goes on where it was; what is on disk of them is void first."""

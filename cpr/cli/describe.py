@@ -14,7 +14,7 @@ from cpr.reboot.story import Place
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Story, Update
+    from cpr.app import Departure, Examined, Modes, Prepared, RebootCheck, Saved, Story, Update
     from cpr.journal import Record
     from cpr.model import Binary, Guest, Outcome, Plan
     from cpr.reboot.manifest import SavedGuest
@@ -249,6 +249,25 @@ def update_lines(update: Update) -> list[str]:
     return lines or ["nothing to do"]
 
 
+def departure_lines(it: Departure) -> list[str]:
+    """`cpr update --kexec`, before the jump: where every guest is, and how it comes back."""
+    manifest, lines = it.manifest, []
+    notes = {outcome.pid_before: outcome.notes for outcome in it.update.outcomes}
+    for guest in manifest.guests:
+        lines += [f"{guest.label}: saved", f"  now: it runs nowhere; {_lies(guest)}"]
+        lines += [f"  {text}" for text in notes.get(guest.pid, ())]
+    back = it.restored_by or "`cpr restore`"
+    way = f"from {manifest.release_before} into {manifest.release}"
+    lines.append(f"the host jumps {way}; there {back} brings them back")
+    return [*lines, f"cpr log {manifest.run} tells how they stand"]
+
+
+def _lies(guest: SavedGuest) -> str:
+    """Where the two halves of a saved guest are."""
+    state = f"its state is in {guest.state.path} ({size(guest.state.size)})" if guest.state else "it has no state"
+    return f"{state}, its RAM in {some([r.path for r in guest.ram])}"
+
+
 def saved_line(it: Saved) -> str:
     """`cpr save`."""
     guest = it.guest
@@ -318,8 +337,8 @@ def reboot_lines(it: Story) -> list[str]:
         lines.append(f"  {guest.label} (pid {guest.pid}), {versions}: {_place_words(it, guest)}")
         if guest.restore.words:
             lines.append(f"    {guest.restore.words}")
-        if it.place(guest) is Place.WAITING and guest.state is not None:
-            lines.append(f"    state in {guest.state.path}, RAM in {some([r.path for r in guest.ram])}")
+        if it.place(guest) is Place.WAITING:
+            lines.append(f"    {_lies(guest)}")
     if it.worker:
         lines.append(f"  now: {it.worker} is working on it")
     return [*lines, *([f"  next: {it.next}"] if it.next else [])]

@@ -8,7 +8,7 @@ from cpr.checks.registry import blockers
 from cpr.cli.output import error_json, moment
 
 if TYPE_CHECKING:
-    from cpr.app import Examined, Modes, Prepared, RebootCheck, Saved, Started, Story, Update
+    from cpr.app import Departure, Examined, Modes, Prepared, RebootCheck, Saved, Started, Story, Update
     from cpr.journal import Record
     from cpr.model import Binary, Outcome, Plan, RamBlock
     from cpr.reboot.manifest import SavedGuest
@@ -146,6 +146,31 @@ def updated(it: Update) -> dict[str, Any]:
     }
 
 
+def departure(it: Departure) -> dict[str, Any]:
+    """`cpr update --kexec --json`, in front of the jump."""
+    known = {guest.pid: guest for guest in it.manifest.guests}
+    guests = [{**outcome(o), **_lies(known[o.pid_before])} for o in it.update.outcomes]
+    return {
+        **updated(it.update),
+        "mode": "reboot",
+        "kernel_before": it.manifest.release_before,
+        "kernel_after": it.manifest.release,
+        "manifest": it.path,
+        "restored_by": it.restored_by or None,
+        "next": None if it.restored_by else "cpr restore",
+        "guests": guests,
+    }
+
+
+def _lies(guest: SavedGuest) -> dict[str, Any]:
+    """Where the two halves of a saved guest are."""
+    return {
+        "state": guest.state.path if guest.state else None,
+        "state_bytes": guest.state.size if guest.state else None,
+        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+    }
+
+
 def outcome(it: Outcome) -> dict[str, Any]:
     return {
         "name": it.guest,
@@ -191,9 +216,7 @@ def saved(it: Saved) -> dict[str, Any]:
         "exit_code": 0,
         "mode": str(manifest.mode),
         "guest": {"name": guest.name, "uuid": guest.uuid, "pid_before": guest.pid, "runstate": guest.runstate},
-        "state": it.path,
-        "state_bytes": guest.state.size if guest.state else None,
-        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+        **_lies(guest),
         "binary_before": binary(guest.binary_before),
         "binary_after": binary(guest.binary_after),
         "total_seconds": round(it.seconds, 4),
@@ -269,9 +292,7 @@ def saved_guest(it: Story, guest: SavedGuest) -> dict[str, Any]:
         "runstate_before": guest.runstate,
         "binary_before": binary(guest.binary_before),
         "binary_after": binary(guest.binary_after),
-        "state": guest.state.path if guest.state else None,
-        "state_bytes": guest.state.size if guest.state else None,
-        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+        **_lies(guest),
         "attempts": restore.tries,
         "time": moment(restore.time) if restore.time else None,
         "error": restore.words or None,

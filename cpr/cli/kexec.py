@@ -12,7 +12,7 @@ from cpr.cli.update import open_events, progress_on, signals
 from cpr.errors import UNTOUCHED, Exit, Interrupted
 
 if TYPE_CHECKING:
-    from cpr.app import Choices, Jump, RebootCheck, Update
+    from cpr.app import Choices, Departure, Jump, RebootCheck, Update
     from cpr.cli.output import Output
 
 
@@ -29,11 +29,19 @@ def update_kexec(
         if not yes:
             _ask(check)
         progress = progress_on(sys.stderr, stream)
+        left = False
+
+        def leaving(departure: Departure) -> None:
+            nonlocal left
+            left = True
+            progress.close()
+            _leaving(departure, output)
+
         try:
-            update = app.perform_reboot(check, chosen, progress, stop)
+            update = app.perform_reboot(check, chosen, progress, stop, leaving=leaving)
         finally:
             progress.close()
-        return _told(update, output)
+        return update.exit_code if left and update.exit_code is Exit.OK else _told(update, output)
 
 
 def _shown(check: RebootCheck, output: Output) -> int:
@@ -57,6 +65,17 @@ def _ask(check: RebootCheck) -> None:
     question = f"Save {len(check.guests)} guest(s) and jump into {check.kexec.release or check.kexec.image}?"
     if not typer.confirm(question, default=False, err=True):
         raise Interrupted("not wanted", where=UNTOUCHED)
+
+
+def _leaving(departure: Departure, output: Output) -> None:
+    """In front of the jump: afterwards nothing may be left that could print."""
+    from cpr.cli import describe, documents
+
+    if output.json:
+        output.document(**documents.departure(departure))
+    else:
+        say("\n".join(describe.departure_lines(departure)))
+    sys.stdout.flush()
 
 
 def _told(update: Update, output: Output) -> int:

@@ -53,6 +53,17 @@ class Result:
         return value
 
     @property
+    def documents(self) -> list[dict[str, Any]]:
+        """Where there may be several, one after the other."""
+        found: list[dict[str, Any]] = []
+        rest = self.out.strip()
+        while rest:
+            value, end = json.JSONDecoder().raw_decode(rest)
+            found.append(value)
+            rest = rest[end:].lstrip()
+        return found
+
+    @property
     def guest(self) -> dict[str, Any]:
         """The only guest of an update's document."""
         (guest,) = self.json["guests"]

@@ -2,13 +2,14 @@
 
 Run by the tests as `python -m tests.qemu.rebooting WORDS...`, which calls the command with a world in which
 
-    load_kernel, unload_kernel, jump   write their name into $RECORD (fake: no kernel is loaded and nobody jumps);
+    load_kernel, unload_kernel, jump   write their name into $RECORD (fake: no kernel is loaded and nobody jumps, but by
+                                       the manifest this is another boot afterwards);
                                        $REFUSE names the one that raises
     next_kernel                        is the real one, with what this container lacks left out: a kernel in /boot, the
                                        right to kexec, a unit that restores, the other guests of this host
     after a phase was written          it stands in $RECORD too; $KILL_AT names one at which we are killed
-                                       (SIGKILL; "loaded": when a guest is), $HOLD_AT one at which we wait for
-                                       a file $RECORD.go
+                                       (SIGKILL; "loaded": when a guest is; "jump": in it, which as a kexec -e does
+                                       not return), $HOLD_AT one at which we wait for a file $RECORD.go
 
 Everything else is this machine: guests, state files, manifests, locks, the guardian.
 """
@@ -26,6 +27,7 @@ from cpr.app import world as worlds
 from cpr.cli import main
 from cpr.errors import KexecFailed
 from cpr.reboot import manifest as manifests
+from cpr.reboot import store
 
 if TYPE_CHECKING:
     from cpr.model import NextKernel
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 RECORD, REFUSE, PIDS = "CPR_TEST_RECORD", "CPR_TEST_REFUSE", "CPR_TEST_PIDS"
 KILL_AT, HOLD_AT = "CPR_TEST_KILL_AT", "CPR_TEST_HOLD_AT"
+ANOTHER_BOOT = "another boot"
 
 
 def recorded(name: str) -> str:
@@ -68,8 +71,17 @@ def the_world() -> worlds.World:
         next_kernel=next_kernel,
         load_kernel=lambda kernel: recorded("load"),
         unload_kernel=lambda: (recorded("unload"), None)[1],
-        jump=lambda: (recorded("jump"), None)[1],
+        jump=jump,
     )
+
+
+def jump() -> None:
+    """Nobody jumps: but for the manifest that was open."""
+    recorded("jump")
+    path = store.current()
+    WRITE(path, replace(manifests.read_file(path), boot_id=ANOTHER_BOOT))
+    if os.environ.get(KILL_AT) == "jump":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_and_die(path: str, manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ After the jump that was only recorded, `cpr restore` is called in this same boot
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -131,14 +132,24 @@ def guests_of(result: Result) -> list[dict[str, Any]]:
 
 
 def test_two_guests_one_paused(host: Host, builds: Builds) -> None:
-    """The phases in their order; both end, both come back in the new QEMU, the paused one paused; nothing is left."""
+    """The phases in their order; both end, both come back in the new QEMU, the paused one paused; nothing is left.
+
+    The jump does not return: what there is to say was said before.
+    """
     host.guest(builds("7.2"))
     host.guest(builds("7.2"))
     host.guests[1].stop()
     counts = host.counts()
-    result = host.update("--qemu", builds("11.1.a").binary)
-    assert result.code == 0, str(result)
+    result = host.update("--qemu", builds("11.1.a").binary, **{KILL_AT: "jump"})
+    assert result.code == -9, str(result)
     assert statuses(result) == ["saved", "saved"]
+    assert (result.json["status"], result.json["restored_by"]) == ("ok", "cpr-restore.service")
+    for guest, told in zip(host.guests, guests_of(result), strict=True):
+        assert [ram["path"] for ram in told["ram"]] == [str(guest.ram)]
+        assert os.path.getsize(told["state"]) == told["state_bytes"]
+        assert told["pid_after"] == 0
+    (run,) = host.call("runs", "--json").json["runs"]
+    assert (run["run"], run["counts"], run["next"]) == (result.json["run"], {"waiting": 2}, "cpr restore")
     assert host.happened() == ["load", "[saving]", "[saved]", "[committed]", "[jumping]", "jump"]
     assert qemus_of(host.lab) == []
     assert (host.state.stat().st_mode & 0o777) == 0o700
@@ -169,13 +180,16 @@ def test_a_kernel_that_cannot_be_loaded(host: Host, builds: Builds) -> None:
 
 
 def test_a_jump_that_is_refused(host: Host, builds: Builds) -> None:
-    """After the commit: every guest comes back at once, in the QEMU that it was in."""
+    """After the commit: every guest comes back at once, in the QEMU that it was in; a second document says so."""
     host.guest(builds("7.2"))
     host.guest(builds("7.2"))
     counts = host.counts()
     result = host.update("--qemu", builds("11.1.a").binary, **{REFUSE: "jump"})
     assert result.code == 6, str(result)
-    host.found(result)
+    announced, came = result.documents
+    assert [g["status"] for g in announced["guests"]] == ["saved", "saved"]
+    assert (came["exit_code"], came["run"]) == (6, announced["run"])
+    host.found(replace(result, out=json.dumps(came)))
     assert host.happened()[5:8] == ["jump", "[committed]", "unload"]
     for guest, count in zip(host.guests, counts, strict=True):
         assert os.path.basename(os.path.dirname(os.readlink(f"/proc/{guest.pid}/exe"))).startswith("old-")
@@ -374,3 +388,21 @@ def test_a_new_qemu_that_does_not_take_the_state(host: Host, builds: Builds) -> 
     assert "state-not-accepted" in guests_of(result)[0]["error"]
     assert "[saved]" not in host.happened()
     host.run_as_before(counts)
+
+
+@full
+def test_nobody_reads_what_is_said(host: Host, builds: Builds) -> None:
+    """Whoever was to read it has gone, when all are saved: the host goes on into the new kernel."""
+    host.guest(builds("10.0"))
+    counts = host.counts()
+    process = host.start("update", "--kexec", "-y", "--json", **{HOLD_AT: "jumping"})
+    host.wait("[jumping]")
+    assert process.stdout is not None
+    process.stdout.close()
+    host.go()
+    process.wait(60)
+    assert host.happened()[-1] == "jump"
+    assert process.stderr is not None
+    process.stderr.close()
+    assert host.restore().code == 0
+    host.guests[0].counts_on(counts[0])

@@ -50,6 +50,10 @@ def test_live_lines_rewrite_one_line_a_guest() -> None:
     assert first.strip().startswith("a: [paused 4.1 ms] a very long")
     assert len(first.strip("\r")) < 40
     assert second.strip() == "b: prepare"
+    said = stream.getvalue()
+    progress.close()
+    progress.event("c", step("prepare", "doing"))
+    assert stream.getvalue()[len(said) :] == "\rc: prepare\x1b[K\n", "what was said meanwhile is overwritten"
 
 
 def test_json_lines() -> None:

@@ -56,7 +56,8 @@ def test_runs(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["runs"]) == Exit.OK
     head, reboot, restart = capsys.readouterr().out.splitlines()
     assert head.split() == ["RUN", "GUEST", "ENGINE", "FROM", "TO", "RESULT"]
-    assert re.split(r" {2,}", reboot) == [RUN, "web1, db1", "reboot", "6.12.8", "7.2.1", "1 back, 1 waiting: cpr restore"]
+    columns = re.split(r" {2,}", reboot)
+    assert columns == [RUN, "web1, db1", "reboot", "6.12.8", "7.2.1", "1 back, 1 waiting: cpr restore"]
     assert "handover" in restart, "in the order of time, not of names"
     assert main.run(["runs", "--json"]) == Exit.OK
     document = json.loads(capsys.readouterr().out)
