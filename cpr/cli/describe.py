@@ -251,7 +251,8 @@ def update_lines(update: Update) -> list[str]:
 
 def departure_lines(it: Departure) -> list[str]:
     """`cpr update --kexec`, before the jump: where every guest is, and how it comes back."""
-    manifest, lines = it.manifest, []
+    manifest = it.manifest
+    lines: list[str] = []
     notes = {outcome.pid_before: outcome.notes for outcome in it.update.outcomes}
     for guest in manifest.guests:
         lines += [f"{guest.label}: saved", f"  now: it runs nowhere; {_lies(guest)}"]

@@ -8,7 +8,7 @@
     made.directories                          of the sockets, pid and log files that QEMU makes: those on a tmpfs (/run)
                                               are gone after the boot. Note owner and mode before, make them again
     made.needs                                (kind, name) of what somebody else has to have made: "interface" tap0,
-                                              "bridge" br0, "socket" /run/tpm.sock, "address" HOST:PORT
+                                              "bridge" br0, "socket" /run/tpm.sock or @abstract, "address" HOST:PORT
     made.notes                                in words, for a person
     with_ram_paths(argv, {"ram0": "/dev/dax1.0"})      names of DAX devices are counted anew at every boot
 
@@ -191,6 +191,7 @@ def _with_sockets(line: cl.CommandLine, guest: Guest, found: _Findings) -> cl.Co
         if given.socket.kind != "fd":
             if not given.socket.server and not given.socket.reconnect:
                 place = given.socket.path or f"{given.socket.host}:{given.socket.port}"
+                place = f"@{place}" if given.socket.abstract else place
                 found.needs.append(("socket" if given.socket.path else "address", place))
             continue
         server = given.socket.server
@@ -205,7 +206,7 @@ def _with_sockets(line: cl.CommandLine, guest: Guest, found: _Findings) -> cl.Co
             host, port = host_port(address)
             line = cl.with_chardev_address(line, given.label, host=host, port=port, server=server)
         if not server:
-            found.needs.append(("socket" if "/" in address else "address", address))
+            found.needs.append(("socket" if address.startswith(("/", "@")) else "address", address))
     return line
 
 

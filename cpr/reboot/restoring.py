@@ -29,10 +29,12 @@ from cpr.linux.process import Process
 from cpr.model import Runstate
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
+from cpr.qemu.cmdline import CommandLineError
 from cpr.reboot.afresh import afresh, with_ram_paths
 from cpr.reboot.goingon import STANDS_STILL, restore_mode, wake
 from cpr.reboot.knowledge import make_directories
 from cpr.reboot.manifest import Result
+from cpr.reboot.needs import awaited
 from cpr.reboot.saving import CPR_REBOOT, has_mode
 from cpr.reboot.startable import end_left_behind, like_now, open_log
 from cpr.reboot.verifying import NotRestorable, located, verify
@@ -104,17 +106,16 @@ def restore(
         except StepFailed as error:
             raise _as_not_restored(saved, error, log) from None
     saved = located(saved)
-    verify(saved, manifest)
     guest = saved.guest
     if guest is None or saved.state is None:
+        verify(saved, manifest)
         raise NotRestorable(saved.label, ("the manifest has not all that is needed",))
-    target = program.target
-    if program.copy:  # the copy passes for what it is a copy of
-        target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
-    made = afresh(guest, target, mark=mark)
-    if made.missing:
-        reasons = tuple(f"{subject}: {why}" for subject, why, _ in made.missing)
-        raise NotRestorable(saved.label, reasons, hint=made.missing[0][2])
+    made = _made(saved, guest, program, mark)
+    missing = [f"{subject}: {why}" for subject, why, _ in made.missing]
+    hint = made.missing[0][2] if made.missing else "cpr restore (or cpr load) tries again when it is there"
+    if saved.restore.result is Result.OPEN:
+        missing += awaited(saved, guest, made, attend)
+    verify(saved, manifest, missing, hint=hint)
     starting = _Starting(saved, guest, made, program, log, attend, mark)
     try:
         starting.prepare()
@@ -133,6 +134,17 @@ def restore(
     monitor.close()
     starting.process.close()
     return restored
+
+
+def _made(saved: SavedGuest, guest: Guest, program: Program, mark: str) -> Afresh:
+    """How it is going to be started. Raises NotRestorable: its command line cannot be understood."""
+    target = program.target
+    if program.copy:  # the copy passes for what it is a copy of
+        target = replace(target, binary=replace(target.binary, path=saved.binary_before.path))
+    try:
+        return afresh(guest, target, mark=mark)
+    except CommandLineError as error:
+        raise NotRestorable(saved.label, (f"its command line: {error}",)) from None
 
 
 def settle(saved: SavedGuest, guest: Guest, monitor: Monitor, pid: int, start_time: int) -> Restored:

@@ -25,7 +25,7 @@ from cpr.reboot.files import disk_differences, state_differences
 from cpr.reboot.manifest import Mode, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cpr.reboot.manifest import Manifest, SavedGuest, SavedRam
 
@@ -43,8 +43,11 @@ class NotRestorable(CprError):
         self.reasons = reasons
 
 
-def verify(saved: SavedGuest, manifest: Manifest) -> None:
-    """Raise NotRestorable with everything that speaks against loading it."""
+def verify(saved: SavedGuest, manifest: Manifest, more: Sequence[str] = (), *, hint: str = "") -> None:
+    """Raise NotRestorable with everything that speaks against loading it.
+
+    `more`: what the caller has found, `hint`: the way out of that alone.
+    """
     gone = _result(saved)
     if gone:
         raise NotRestorable(saved.label, (gone,), hint="cpr list shows the guests that run")
@@ -58,8 +61,10 @@ def verify(saved: SavedGuest, manifest: Manifest) -> None:
     reasons = [*_state(saved), *(line for ram in saved.ram for line in _ram(ram)), *_disks(saved), *_vfio(saved)]
     if saved.own_namespaces:
         reasons.append(f"it ran in namespaces of its own ({', '.join(saved.own_namespaces)}), which are gone")
+    hint = KEEP if reasons else hint
+    reasons += more
     if reasons:
-        raise NotRestorable(saved.label, tuple(reasons))
+        raise NotRestorable(saved.label, tuple(reasons), hint=hint)
 
 
 def located(saved: SavedGuest) -> SavedGuest:
