@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cpr.app import bringback
 from cpr.app.examine import in_parallel
-from cpr.errors import AS_BEFORE, NEEDS_YOU, Busy, CprError, Exit
+from cpr.errors import AS_BEFORE, NEEDS_YOU, Blocked, Busy, CprError, Exit
 from cpr.linux import proc
 from cpr.linux.process import lives, open_process
 from cpr.model import Outcome, ProcessId, Status
@@ -62,10 +62,30 @@ def finish(path: str, world: World, *, patience: float = 0.0) -> tuple[Outcome, 
     `patience`: seconds that whoever holds the manifest is waited for.
 
     Raises:
-        Busy: somebody works on it. NotFound, ManifestError, OSError.
+        Busy: somebody works on it. Blocked: the host is going down. NotFound, ManifestError, OSError.
     """
     with _held(path, patience):
+        manifest = manifests.read_file(path)
+        if is_jumping(manifest):
+            if world.going_down():
+                raise about_to_jump(manifest)
+            manifests.write_file(path, replace(manifest, phase=Phase.COMMITTED))
         return finish_held(path, world)
+
+
+def is_jumping(manifest: Manifest) -> bool:
+    """The jump was asked for, and this is still the old boot: it may come at any moment, or was not made."""
+    return manifest.phase is Phase.JUMPING and manifest.boot_id == proc.boot_id()
+
+
+def about_to_jump(manifest: Manifest) -> Blocked:
+    """What is said to whoever would bring guests back into a host that goes down."""
+    return Blocked(
+        f"run {manifest.run}: the host is about to jump into {manifest.release}, and was not booted since",
+        hint="after the boot cpr restore brings them back; for no jump, stop the shutdown (systemctl cancel), and have "
+        "cpr recover bring them back here",
+        where="the guests are saved: they run nowhere, their RAM and state are as they were",
+    )
 
 
 def finish_held(path: str, world: World) -> tuple[Outcome, ...]:

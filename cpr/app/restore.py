@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpr.app import bringback
-from cpr.app.finish import finish_loaded
+from cpr.app.finish import about_to_jump, finish_loaded, is_jumping
 from cpr.app.update import Update
 from cpr.app.world import World, real_world
 from cpr.errors import Blocked, NoSuchGuest
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from cpr.errors import Exit
     from cpr.progress import Progress
     from cpr.reboot.manifest import Manifest, SavedGuest
-
-ENDED = (Phase.COMMITTED, Phase.JUMPING)
 
 
 def restore(
@@ -45,13 +43,15 @@ def restore(
 
     Raises:
         NotFound: no manifest, or no such guest in it. ManifestError. Busy: somebody else does it.
-        Blocked: it is of this boot, and was not brought to an end.
+        Blocked: it is of this boot, and was not brought to an end, or the host is about to jump.
     """
     world = world or real_world()
     path = os.path.join(os.path.abspath(directory), manifests.NAME) if directory else store.current()
     with store.hold(path, "restore"):
         manifest = manifests.read_file(path)
-        if manifest.boot_id == proc.boot_id() and manifest.phase not in ENDED:
+        if is_jumping(manifest):
+            raise about_to_jump(manifest)
+        if manifest.boot_id == proc.boot_id() and manifest.phase is not Phase.COMMITTED:
             why = f"run {manifest.run} is of this boot, and was interrupted ({manifest.phase})"
             raise Blocked(why, hint="cpr recover", where="the guests are in their old QEMUs")
         loaded = () if give_up else finish_loaded(path, manifest.guests)

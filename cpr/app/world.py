@@ -62,6 +62,8 @@ class World:
     unload_kernel: Callable[[], None] = _no_kexec
     jump: Callable[[], None] = _no_kexec
     """Into the loaded kernel. Unless it raises, this boot has ended, or soon will."""
+    going_down: Callable[[], bool] = lambda: False
+    """Whether the host is on its way down: a jump that was asked for is coming."""
 
 
 def real_world() -> World:
@@ -96,6 +98,7 @@ def real_world() -> World:
         load_kernel=lambda kernel: kexec.load(kernel.image, kernel.initrd, kernel.command_line),
         unload_kernel=kexec.unload,
         jump=lambda: kexec.jump(systemd=kexec.systemd_runs()),
+        going_down=kexec.going_down,
     )
 
 

@@ -30,6 +30,7 @@ from cpr.linux import process, syscalls
 COMMAND_LINE_BYTES = 2048
 """COMMAND_LINE_SIZE of x86 and arm64, the closing NUL included; kexec refuses a longer one (EINVAL)."""
 TOOL_SECONDS = 120.0
+ASK_SECONDS = 5.0
 NOT_FOR_THE_NEXT = ("BOOT_IMAGE", "initrd", "kexec_jump_back_entry", "elfcorehdr")
 """What boot loaders and kexec itself put on a command line."""
 
@@ -250,6 +251,17 @@ def unload() -> None:
         _tool(["-u"])
 
 
+def going_down(*, root: str = "/") -> bool:
+    """Whether systemd is on its way to a shutdown, reboot or kexec, or has one queued; it may be cancelled still."""
+    if not systemd_runs(root=root):
+        return False
+    try:  # it exits with 1 for whatever is not "running"
+        told = process.run(["systemctl", "is-system-running"], timeout=ASK_SECONDS, check=False)
+    except (process.RunFailed, OSError):
+        return False
+    return told.stdout.strip() == b"stopping"
+
+
 def jump(*, systemd: bool, root: str = "/") -> None:
     """Into the loaded kernel. By systemd it is asked for, and comes some time after this returns; else now.
 
@@ -263,7 +275,8 @@ def jump(*, systemd: bool, root: str = "/") -> None:
         try:
             process.run(["systemctl", "--no-ask-password", "kexec"], timeout=TOOL_SECONDS)
         except (process.RunFailed, OSError) as error:
-            raise KexecFailed(f"systemd does not jump: {error}") from None
+            if not going_down(root=root):  # it was slow to answer, and has begun all the same
+                raise KexecFailed(f"systemd does not jump: {error}") from None
         return
     try:
         syscalls.reboot(syscalls.LINUX_REBOOT_CMD_KEXEC)

@@ -343,6 +343,10 @@ def test_killed_in_front_of_the_jump(host: Host, builds: Builds) -> None:
     assert result.code == -9, str(result)
     time.sleep(2)
     assert qemus_of(host.lab) == []
+    refused = host.restore()
+    assert refused.code == 3, str(refused)
+    assert "about to jump" in refused.err
+    assert qemus_of(host.lab) == []
     result = host.call("recover", "--json")
     assert result.code == 6, str(result)
     host.found(result)

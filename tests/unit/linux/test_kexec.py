@@ -256,3 +256,41 @@ def test_stat_of_liveupdate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = kexec.live_update(root=str(tmp_path))
     monkeypatch.undo()
     assert found
+
+
+def test_a_jump_that_systemd_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or not: systemctl fails in both cases."""
+    root = tree(tmp_path, {"sys/kernel/kexec_loaded": "1\n", "run/systemd/system/x": ""})
+    fake = FakeKernel(monkeypatch)
+
+    def fails(argv: list[str]) -> None:
+        if "kexec" in argv:
+            raise RunFailed(Completed(argv=tuple(argv), status=1, stdout=b"", stderr=b"timed out", seconds=0.0))
+
+    fake.tool = fails
+    for state in ("stopping", "running"):
+        monkeypatch.setattr(kexec, "going_down", lambda state=state, **_: state == "stopping")
+        if state == "stopping":
+            kexec.jump(systemd=True, root=root)
+        else:
+            with pytest.raises(KexecFailed, match="timed out"):
+                kexec.jump(systemd=True, root=root)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [("stopping", True), ("running", False), ("degraded", False), ("starting", False)]
+)
+def test_whether_the_host_goes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, expected: bool
+) -> None:
+    """A fake systemctl, which exits with 1 as the real one does unless all is well."""
+    program = tmp_path / "systemctl"
+    program.write_text(f'#!/bin/sh\n[ "$*" = is-system-running ] && echo {state}\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert not kexec.going_down(root=str(tmp_path)), "no systemd runs"
+    root = tree(tmp_path, {"run/systemd/system/x": ""})
+    assert kexec.going_down(root=root) is expected
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not kexec.going_down(root=root)
