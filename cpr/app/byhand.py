@@ -12,7 +12,8 @@ from cpr.app import bringback, savable
 from cpr.app.examine import Examined, Examiner
 from cpr.app.finish import finish_held
 from cpr.app.world import Choices, World, real_world
-from cpr.errors import AS_BEFORE, Busy, CprError, Exit, Interrupted, NotFound, UsageError
+from cpr.checks.binary import same_binary
+from cpr.errors import AS_BEFORE, Blocked, Busy, CprError, Exit, Interrupted, NotFound, UsageError
 from cpr.journal import run_directory
 from cpr.linux import proc
 from cpr.linux.lock import LockHeld, make_run_directory, process_lock
@@ -20,6 +21,7 @@ from cpr.reboot import manifest as manifests
 from cpr.reboot import store
 from cpr.reboot.manifest import Manifest, Mode, Phase, Result
 from cpr.reboot.saving import Saver
+from cpr.reboot.trial import try_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +40,8 @@ class Saved:
     path: str
     manifest: Manifest | None = None
     seconds: float = 0.0
-    """From its stop to its end."""
+    """From the first look to its end."""
+    notes: tuple[str, ...] = ()
 
     @property
     def guest(self) -> SavedGuest | None:
@@ -64,7 +67,8 @@ def save(
     """Save one guest to `path`, with a manifest and a copy of its QEMU beside it, and end it. All or nothing.
 
     Raises:
-        UsageError: there is something at `path` already. SaveFailed: it runs on. CprError, OSError: not touched.
+        UsageError: there is something at `path` already. SaveFailed: it runs on. Blocked: the QEMU that is to load it
+            does not take its state, and it runs on. CprError, OSError: not touched.
     """
     world = world or real_world()
     path = os.path.abspath(path)
@@ -96,6 +100,8 @@ def save(
             store.forget(manifest_path)
             raise
         try:
+            notes = _tried(saver, examined)
+            attend()
             if manifest.guests[0].vfio:
                 saver.suspend()
             saver.save()
@@ -111,7 +117,16 @@ def save(
             _undone(saver.undo(), error, manifest_path)
         if mode is Mode.REBOOT:
             os.sync()  # RAM in a file on a disk
-        return Saved(examined=examined, path=path, manifest=manifest, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Saved(examined=examined, path=path, manifest=manifest, seconds=seconds, notes=notes)
+
+
+def _tried(saver: Saver, examined: Examined) -> tuple[str, ...]:
+    """What there is to say of its state in another QEMU than its own, if one is to load it. Raises StateNotAccepted."""
+    guest, target = examined.guest, examined.target
+    if guest is None or target is None or same_binary(guest.binary, target.binary):
+        return ()
+    return try_state(saver, target)
 
 
 def _through_its_state(saver: Saver, manifest_path: str, manifest: Manifest, world: World) -> CprError:
@@ -143,7 +158,7 @@ def _undone(went: WentOn, error: BaseException, manifest_path: str) -> None:
     failed = f"; {'; '.join(went.failed)}" if went.failed else ""
     if isinstance(error, Interrupted) and went.well:
         raise Interrupted(f"interrupted{failed}", where=went.where)
-    if not isinstance(error, (CprError, OSError)):
+    if not isinstance(error, (CprError, OSError)) or (isinstance(error, Blocked) and went.well and not failed):
         raise error
     failure = SaveFailed(f"it was not saved: {words}{failed}", where=went.where)
     failure.hint = error.hint if isinstance(error, CprError) else ""

@@ -221,6 +221,7 @@ def saved(it: Saved) -> dict[str, Any]:
         "binary_after": binary(guest.binary_after),
         "total_seconds": round(it.seconds, 4),
         "findings": [f.json() for f in it.examined.findings],
+        "notes": list(it.notes),
     }
 
 

@@ -47,7 +47,7 @@ def save_command(
     if json:
         output.document(**documents.saved(saved))
     else:
-        say(describe.saved_line(saved))
+        say("\n".join([describe.saved_line(saved), *(f"  {text}" for text in saved.notes)]))
     return Exit.OK
 
 

@@ -14,8 +14,6 @@ from cpr.model import Plan
 from cpr.run import Bounds, Run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cpr.journal import Journal
     from cpr.model import Guest, Target
     from cpr.reboot.saving import Saver
@@ -43,7 +41,7 @@ class _NoJournal:
         """Nothing."""
 
 
-def try_state(saver: Saver, target: Target, interrupted: Callable[[], int] = lambda: 0) -> tuple[str, ...]:
+def try_state(saver: Saver, target: Target) -> tuple[str, ...]:
     """Have the new QEMU load the guest's state over a private mapping of its RAM; what there is to say of it.
 
     The guest goes on, or stands, as before, whatever comes of it.
@@ -59,7 +57,6 @@ def try_state(saver: Saver, target: Target, interrupted: Callable[[], int] = lam
         bounds=Bounds(timeout=TRIAL_SECONDS, max_downtime=MAX_PAUSE_SECONDS),
         old=saver.process,
         old_monitor=saver.monitor,
-        interrupted=interrupted(),
     )
     step = RehearseState(guest=guest, target=target)
     try:

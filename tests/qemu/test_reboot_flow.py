@@ -1,6 +1,6 @@
 """`cpr update --kexec` for several guests: everything is real but the loaded kernel and the jump (rebooting.py).
 
-After the jump that was only recorded, `cpr restore` is called in this same boot.
+After the jump that was only recorded, `cpr restore` is called in this same boot, which by the manifest is another one.
 """
 
 from __future__ import annotations

@@ -248,13 +248,35 @@ def test_a_qemu_that_refuses_the_state(lab: Lab, cpr: Command, builds: Builds) -
 
 @full
 def test_the_old_qemu_where_the_meant_one_refuses(lab: Lab, cpr: Command, builds: Builds) -> None:
-    """Nobody has named one at the load, so it comes back at once in the copy of the old one, and that is told."""
+    """Nobody has named one at the load, so it comes back at once in the copy of the old one, and that is told.
+
+    When it was saved there was another QEMU at that path, as before an upgrade of the package.
+    """
+    meant = lab.directory / "qemu"
+    meant.symlink_to(builds("10.0").binary)
     subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
     before = subject.guest.log.number
-    subject.saved("--qemu", builds("11.1.a").binary)
+    subject.saved("--qemu", meant)
+    meant.unlink()
+    meant.symlink_to(builds("11.1.a").binary)
     result = subject.load()
     assert result.code == 8, str(result)
     assert "did not take it" in result.json["guest"]["error"]
+    subject.counts_on(before)
+
+
+@full
+def test_a_state_that_the_meant_qemu_refuses(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """Found out while the guest still lives: it is not saved, in QEMU's words, and runs on; nothing is left of it."""
+    subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
+    before = subject.guest.log.number
+    result = subject.save("--qemu", builds("11.1.a").binary)
+    assert result.code == 3, str(result)
+    assert "state-not-accepted" in result.err
+    assert "vring" in result.err or "virtio" in result.err, "QEMU's own words"
+    assert "runs as before" in result.err
+    assert subject.status() == "running"
+    assert list(lab.directory.glob("saved*")) == []
     subject.counts_on(before)
 
 
