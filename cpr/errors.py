@@ -218,3 +218,8 @@ class ManifestError(NotFound):
     """A manifest is unreadable, of another format, damaged, or not to be trusted: as good as none."""
 
     where = "the guests' RAM and state files were not touched"
+
+
+def words(error: BaseException) -> str:
+    """What is to be said of whatever was raised."""
+    return error.message if isinstance(error, CprError) else str(error) or type(error).__name__

@@ -13,7 +13,18 @@ from cpr.app.examine import Examined, Examiner
 from cpr.app.finish import finish_held
 from cpr.app.world import Choices, World, real_world
 from cpr.checks.binary import same_binary
-from cpr.errors import AS_BEFORE, Blocked, Busy, CprError, Exit, Interrupted, NotFound, UsageError
+from cpr.errors import (
+    AS_BEFORE,
+    Blocked,
+    Busy,
+    CprError,
+    Exit,
+    Interrupted,
+    ManifestError,
+    NotFound,
+    UsageError,
+    words,
+)
 from cpr.journal import run_directory
 from cpr.linux import proc
 from cpr.linux.lock import LockHeld, make_run_directory, process_lock
@@ -95,6 +106,7 @@ def save(
             saver = Saver(examined.guest, path, target=examined.target, pinned=pinned, attend=attend)
             manifest = _manifest(saver.prepare(), kexec, mode)
             manifests.write_file(manifest_path, manifest)
+            _note(manifest_path, manifest)
             held.enter_context(world.guard(manifest_path))
         except BaseException:
             store.forget(manifest_path)
@@ -119,6 +131,24 @@ def save(
             os.sync()  # RAM in a file on a disk
         seconds = time.monotonic() - began
         return Saved(examined=examined, path=path, manifest=manifest, seconds=seconds, notes=notes)
+
+
+def _note(path: str, manifest: Manifest) -> None:
+    """For `cpr runs` and, where it matters, for `cpr may-start`.
+
+    Raises:
+        Blocked: nobody could tell its service that it is saved.
+    """
+    (guest,) = manifest.guests
+    try:
+        store.note_by_hand(path, manifest)
+    except (ManifestError, OSError) as error:
+        if guest.unit.endswith(".service"):
+            raise Blocked(
+                f"{guest.unit} could start {guest.label} afresh while it is saved: that it is cannot be noted in "
+                f"{store.state_directory()} ({words(error)})",
+                hint="run cpr as root, or name a directory of your own in CPR_STATE_DIR",
+            ) from None
 
 
 def _tried(saver: Saver, examined: Examined) -> tuple[str, ...]:
@@ -154,13 +184,12 @@ def _undone(went: WentOn, error: BaseException, manifest_path: str) -> None:
     """Raises what is to be said of it."""
     if went.well:
         store.forget(manifest_path)
-    words = error.message if isinstance(error, CprError) else str(error) or type(error).__name__
     failed = f"; {'; '.join(went.failed)}" if went.failed else ""
     if isinstance(error, Interrupted) and went.well:
         raise Interrupted(f"interrupted{failed}", where=went.where)
     if not isinstance(error, (CprError, OSError)) or (isinstance(error, Blocked) and went.well and not failed):
         raise error
-    failure = SaveFailed(f"it was not saved: {words}{failed}", where=went.where)
+    failure = SaveFailed(f"it was not saved: {words(error)}{failed}", where=went.where)
     failure.hint = error.hint if isinstance(error, CprError) else ""
     if not went.well:
         raise NeedsAttention(failure.message, where=went.where, hint=f"cpr recover {manifest_path}")

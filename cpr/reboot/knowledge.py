@@ -19,6 +19,7 @@ from cpr.linux.process import RunFailed, run
 from cpr.model import Binary
 from cpr.qemu.cmdline import devices
 from cpr.reboot.afresh import afresh
+from cpr.reboot.claims import unit_of
 from cpr.reboot.facts import agent_socket
 from cpr.reboot.manifest import Directory, SavedGuest, SavedRam, VfioDevice, namespaces_of_its_own
 
@@ -59,7 +60,7 @@ def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") ->
         suspended=bool(vfio),
         monitor=guest.monitor,
         agent=agent_socket(guest),
-        unit=proc.unit_of(pid) or "",
+        unit=unit_of(guest.process),
         pidfile=guest.pidfile,
         directories=directories(guest, target) if target is not None else (),
         guest=replace(guest, not_had_again=()),

@@ -1,12 +1,14 @@
 """Where saved guests lie: on a disk, in directories that are root's alone, one for each run.
 
     /var/lib/cpr (or $CPR_STATE_DIR)     0700
-     └── reboot/
-          ├── current -> RUN             the run whose guests are saved now; gone when all are back
-          └── RUN/
-               ├── manifest.json         and manifest.json.lock while somebody works on it
-               ├── NAME.state
-               └── old-N/qemu-system-... copies of the old QEMUs, each once
+     ├── reboot/
+     │    ├── current -> RUN             the run whose guests are saved now; gone when all are back
+     │    └── RUN/
+     │         ├── manifest.json         and manifest.json.lock while somebody works on it
+     │         ├── NAME.state
+     │         └── old-N/qemu-system-... copies of the old QEMUs, each once
+     └── saved/
+          └── RUN@UNIT -> FILE.manifest  of a guest saved by hand, and the unit that it was in, if any
 
 A guest that is saved by hand lies where its user says: FILE, FILE.manifest and FILE.old/qemu-system-...
 
@@ -40,6 +42,7 @@ KEPT_RUNS = 20
 """So many runs keep their record, and those that are not over."""
 MANIFEST_SUFFIX = ".manifest"
 OLD_SUFFIX = ".old"
+BY_HAND = "saved"
 
 
 def state_directory() -> str:
@@ -53,12 +56,18 @@ def make_run(run: str, base: str | None = None) -> str:
     Raises:
         ManifestError: one above it is not ours alone. OSError.
     """
+    path = _made(base, "reboot", run)
+    prune(base)
+    return path
+
+
+def _made(base: str | None, *parts: str) -> str:
+    """A directory below the state directory, all of it ours alone."""
     path = base or state_directory()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for part in ("", "reboot", run):
+    for part in ("", *parts):
         path = os.path.join(path, part).rstrip("/")
         manifests.make_directory(path)
-    prune(base)
     return path
 
 
@@ -138,6 +147,57 @@ def _is_over(path: str) -> bool:
     return not any(lives(g.restore.pid, g.restore.start_time) for g in manifest.guests if g.restore.pid)
 
 
+# -- guests saved by hand
+
+
+def note_by_hand(path: str, manifest: Manifest, base: str | None = None) -> None:
+    """Have the state directory know of the manifest at `path`, which is a user's file; on disk when it returns.
+
+    Raises:
+        ManifestError: the state directory is not ours alone. OSError.
+    """
+    directory = _made(base, BY_HAND)
+    _prune_by_hand(base)
+    unit = next((guest.unit for guest in manifest.guests), "")
+    link = os.path.join(directory, f"{manifest.run}@{unit}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(link)
+    os.symlink(os.path.abspath(path), link)
+    sync_directory(link)
+
+
+def by_hand(base: str | None = None) -> tuple[tuple[str, str], ...]:
+    """(unit or "", path of the manifest), the oldest first; a manifest that is not there was thrown away. OSError."""
+    return tuple((os.path.basename(link).partition("@")[2], os.readlink(link)) for link in _links(base))
+
+
+def _links(base: str | None) -> list[str]:
+    directory = os.path.join(base or state_directory(), BY_HAND)
+    try:
+        with os.scandir(directory) as entries:
+            found = [(e.stat(follow_symlinks=False).st_mtime_ns, e.path) for e in entries if e.is_symlink()]
+    except FileNotFoundError:
+        return []
+    return [path for _, path in sorted(found)]
+
+
+def _prune_by_hand(base: str | None) -> None:
+    with contextlib.suppress(OSError):
+        for link in _links(base)[:-KEPT_RUNS]:
+            if _is_over(os.readlink(link)):
+                os.unlink(link)
+
+
+def _drop_by_hand(path: str, base: str | None = None) -> None:
+    with contextlib.suppress(OSError):
+        for link in _links(base):
+            if os.readlink(link) == path:
+                os.unlink(link)
+
+
+# -- who works on it
+
+
 def working_on(path: str) -> str:
     """Who works on a manifest, as far as we may look; "" for nobody."""
     holder = file_holder(f"{path}.lock")
@@ -198,6 +258,7 @@ def clean(path: str, manifest: Manifest) -> None:
 
 def forget(path: str) -> None:
     """Remove the manifest of a guest that was saved by hand and runs on, and what belongs to it. Never raises."""
+    _drop_by_hand(path)
     directory = path.removesuffix(MANIFEST_SUFFIX) + OLD_SUFFIX
     with contextlib.suppress(OSError):
         for name in os.listdir(directory):

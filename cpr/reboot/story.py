@@ -9,6 +9,7 @@ Out of scope: restarts (journal.py), and doing anything about it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections import Counter
@@ -134,7 +135,7 @@ def story(path: str) -> Story:
         manifest=manifest,
         path=path,
         here=manifest.boot_id == proc.boot_id(),
-        current=store.is_current(os.path.dirname(path)),
+        current=os.path.basename(path) == manifests.NAME and store.is_current(os.path.dirname(path)),
         worker=store.working_on(path),
     )
 
@@ -142,7 +143,7 @@ def story(path: str) -> Story:
 def stories(base: str | None = None) -> tuple[tuple[Story, ...], tuple[CprError, ...]]:
     """All that the state directory knows of, the oldest first; and what keeps others from being told."""
     try:
-        paths = store.runs(base)
+        paths = (*store.runs(base), *(path for _, path in store.by_hand(base)))
     except OSError as error:
         return (), (CprError(f"{error.filename} cannot be read: {error.strerror}", hint=AS_ROOT, where=""),)
     found: list[Story] = []
@@ -153,7 +154,7 @@ def stories(base: str | None = None) -> tuple[tuple[Story, ...], tuple[CprError,
         except ManifestError as error:
             untold.append(error)
         except NotFound:
-            continue  # it came to nothing before there was a manifest
+            continue  # it came to nothing before there was one, or was thrown away
     return tuple(sorted(found, key=lambda it: it.manifest.time)), tuple(untold)
 
 
@@ -162,4 +163,8 @@ def find(run: str, base: str | None = None) -> Story | None:
     for path in store.runs(base):
         if os.path.basename(os.path.dirname(path)) == run:
             return story(path)
+    for _, path in store.by_hand(base):
+        with contextlib.suppress(NotFound):
+            if (it := story(path)).manifest.run == run:
+                return it
     return None

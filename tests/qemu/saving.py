@@ -82,6 +82,7 @@ class Subject:
     @classmethod
     def start(cls, lab: Lab, cpr: Command, build: QemuBuild, *words: str, name: str = "web1", ram: Path | None = None,
               **how: Any) -> Subject:  # fmt: skip
+        cpr.environment["CPR_STATE_DIR"] = str(lab.directory / "state")
         path = ram or lab.directory / f"{name}.ram"
         backend = f"memory-backend-file,share=on,mem-path={path}"
         guest = lab.counting(build, *words, name=name, memory=MEMORY, hz=50, backend=backend, **how)

@@ -252,7 +252,7 @@ def test_the_old_qemu_where_the_meant_one_refuses(lab: Lab, cpr: Command, builds
 
     When it was saved there was another QEMU at that path, as before an upgrade of the package.
     """
-    meant = lab.directory / "qemu"
+    meant = lab.directory / "qemu-system-x86_64"
     meant.symlink_to(builds("10.0").binary)
     subject = Subject.start(lab, cpr, builds("10.0"), *virtio(lab))
     before = subject.guest.log.number

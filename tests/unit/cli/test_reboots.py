@@ -13,6 +13,7 @@ import pytest
 from cpr.cli import main
 from cpr.errors import RUNS_NEW, Exit
 from cpr.journal import Journal
+from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
@@ -120,3 +121,26 @@ def test_what_cannot_be_read_is_said(base: str, capsys: pytest.CaptureFixture[st
     for command in (["log", RUN], ["recover"]):
         assert main.run(command) == Exit.NOT_FOUND, "the guests are saved, and nobody can tell where"
         assert path in capsys.readouterr().err
+
+
+def test_a_guest_saved_by_hand(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "web1.manifest")
+    known = replace(
+        manifest(guest()), run="save-4242-1700000000", release="", phase=Phase.COMMITTED, boot_id=proc.boot_id()
+    )
+    manifests.write_file(path, known)
+    store.note_by_hand(path, known)
+    assert main.run(["runs"]) == Exit.OK
+    row = capsys.readouterr().out.splitlines()[1]
+    assert re.split(r" {2,}", row) == [
+        "save-4242-1700000000", "web1", "save", "7.2.22", "11.1.3", f"1 waiting: cpr load {tmp_path}/web1",
+    ]  # fmt: skip
+    assert main.run(["log", "save-4242-1700000000", "--json"]) == Exit.OK
+    document = json.loads(capsys.readouterr().out)
+    assert (document["mode"], document["kernel_after"], document["manifest"]) == ("save", None, path)
+    assert main.run(["log", "save-4242-1700000000"]) == Exit.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert f"saved to {tmp_path}/web1" in lines[0]
+    assert lines[-1] == f"  next: cpr load {tmp_path}/web1"
+    os.unlink(path)
+    assert main.run(["log", "save-4242-1700000000"]) == Exit.NOT_FOUND

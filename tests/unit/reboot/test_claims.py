@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,11 +13,14 @@ import pytest
 
 from cpr.cli import main
 from cpr.errors import Exit
+from cpr.linux import proc
+from cpr.linux.dax import storage_of
 from cpr.linux.process import open_process
+from cpr.model import ProcessId
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
-from cpr.reboot.claims import claim_on
-from cpr.reboot.manifest import Phase, Restore, Result
+from cpr.reboot.claims import claim_on, unit_of
+from cpr.reboot.manifest import Mode, Phase, Restore, Result
 from tests.unit.reboot.saved import guest, manifest
 
 if TYPE_CHECKING:
@@ -96,3 +101,84 @@ def test_the_command(base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main.run(["may-start", "--unit", UNIT, "--json"]) == Exit.BLOCKED
     document = json.loads(capsys.readouterr().out)
     assert (document["format"], document["may_start"]) == ("cpr.may-start/1", False)
+
+
+def test_a_guest_that_moved_on_to_another_process_since(base: str, tmp_path: Path) -> None:
+    """By an update: the pid of its restore is gone, and its RAM is in use. A child of ours has it mapped."""
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(8192))
+    back = Restore(result=Result.RESTORED, pid=GONE, start_time=1)
+    directory = put(base, "1", Phase.JUMPING, back)
+    known = manifests.read(directory)
+    (saved,) = known.guests
+    lies = replace(saved.ram[0], path=str(ram), storage=storage_of(str(ram)))
+    manifests.write(directory, manifests.with_guests(known, replace(saved, ram=(lies,))))
+    assert claim_on(UNIT, base) == ""
+    script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script, ram], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert f"in use by pid {child.pid}" in claim_on(UNIT, base)
+        child.communicate(b"\n")
+
+
+def test_the_unit_of_a_guest_that_was_brought_back(base: str) -> None:
+    """It is saved for a second kernel: it runs in the unit that restores, and is still the guest of its own."""
+    pid, start_time = ourselves()
+    process = ProcessId(pid, start_time)
+    before = unit_of(process, base)
+    assert before != UNIT
+    put(base, "1", Phase.JUMPING, Restore(result=Result.RESTORED, pid=pid, start_time=start_time))
+    assert unit_of(process, base) == UNIT
+    assert unit_of(ProcessId(pid, start_time + 1), base) == before, "another one with its pid"
+
+
+
+# -- saved by hand
+
+
+def by_hand(base: str, directory: Path, restore: Restore | None = None, **changes: object) -> Path:
+    """A guest of the unit, saved to a file; its manifest."""
+    saved = replace(guest(), unit=UNIT, pid=GONE, restore=restore or Restore())
+    known = {"run": "save-1", "phase": Phase.COMMITTED, "release": "", "boot_id": proc.boot_id(), **changes}
+    made = replace(manifest(saved), **known)  # type: ignore[arg-type]
+    path = directory / "web1.manifest"
+    manifests.write_file(str(path), made)
+    store.note_by_hand(str(path), made, base)
+    return path
+
+
+def test_a_guest_that_was_saved_by_hand(base: str, tmp_path: Path) -> None:
+    path = by_hand(base, tmp_path)
+    why = claim_on(UNIT, base)
+    assert f"cpr load {tmp_path}/web1" in why
+    assert claim_on("other.service", base) == ""
+    path.write_bytes(path.read_bytes()[:100])
+    assert "cannot be read" in claim_on(UNIT, base)
+    assert claim_on("other.service", base) == "", "it is not this one's"
+    path.unlink()
+    assert claim_on(UNIT, base) == "", "it was thrown away"
+
+
+def test_one_that_was_loaded_again_holds_its_unit_as_long_as_it_runs(base: str, tmp_path: Path) -> None:
+    pid, start_time = ourselves()
+    by_hand(base, tmp_path, Restore(result=Result.RESTORED, pid=pid, start_time=start_time))
+    assert f"pid {pid}" in claim_on(UNIT, base)
+    by_hand(base, tmp_path, Restore(result=Result.RESTORED, pid=pid, start_time=start_time + 1))
+    assert claim_on(UNIT, base) == ""
+
+
+def test_memory_that_ended_with_the_host(base: str, tmp_path: Path) -> None:
+    by_hand(base, tmp_path, boot_id="another", mode=Mode.RESTART)
+    assert claim_on(UNIT, base) == ""
+    by_hand(base, tmp_path, boot_id="another", mode=Mode.REBOOT)
+    assert "is saved" in claim_on(UNIT, base)
+
+
+def test_a_save_that_was_undone(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPR_STATE_DIR", base)
+    path = by_hand(base, tmp_path)
+    assert store.by_hand() == ((UNIT, str(path)),)
+    store.forget(str(path))
+    assert store.by_hand() == ()
+    assert claim_on(UNIT) == ""

@@ -148,3 +148,29 @@ def test_who_works_on_a_manifest(tmp_path: Path) -> None:
     with store.hold(path, "restore"):
         assert store.working_on(path) == f"restore (pid {os.getpid()})"
     assert store.working_on(path) == ""
+
+
+def test_guests_saved_by_hand(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by run and unit, the oldest first; those that are over go when there are many."""
+    monkeypatch.setattr(store, "KEPT_RUNS", 1)
+    assert store.by_hand(base) == ()
+    order: list[str] = []
+
+    def put_file(name: str, restore: Restore, unit: str = "") -> str:
+        path = str(tmp_path / f"{name}.manifest")
+        saved = replace(guest(), unit=unit, restore=restore)
+        known = replace(manifest(saved), run=name, release="", phase=Phase.COMMITTED)
+        manifests.write_file(path, known)
+        store.note_by_hand(path, known, base)
+        link = os.path.join(base, "saved", f"{name}@{unit}")
+        order.append(name)
+        os.utime(link, ns=(len(order), len(order)), follow_symlinks=False)
+        return path
+
+    waits = put_file("save-9", Restore(), "vm@web1.service")
+    put_file("save-5", Restore(result=Result.RESTORED, pid=1 << 30, start_time=1))
+    gone = put_file("save-4", Restore())
+    os.unlink(gone)
+    put_file("save-3", Restore())
+    last = put_file("save-1", Restore())
+    assert store.by_hand(base) == (("vm@web1.service", waits), ("", str(tmp_path / "save-3.manifest")), ("", last))
