@@ -13,6 +13,7 @@ from cpr.app.examine import in_parallel
 from cpr.errors import NEEDS_YOU, RUNS_NEW, BinaryUnusable, CprError, Exit, Interrupted
 from cpr.journal import run_directory
 from cpr.model import Outcome, Status, Target
+from cpr.names import file_name
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
 from cpr.reboot.manifest import Result
@@ -86,11 +87,7 @@ class _Book:
     def note(self, saved: SavedGuest, **changed: object) -> None:
         """What became of a guest; on disk when it returns. OSError: it is not."""
         with self._lock:
-            before = next(g.restore for g in self.manifest.guests if g.pid == saved.pid)
-            after = replace(before, time=time.time(), **changed)  # type: ignore[arg-type]
-            new = manifests.with_restore(self.manifest, saved.pid, after)
-            manifests.write_file(self.path, new)
-            self.manifest = new
+            self.manifest = manifests.noted(self.path, self.manifest, saved.pid, **changed)
 
 
 def bring_back(
@@ -200,5 +197,4 @@ def _as_it_was(saved: SavedGuest) -> Target:
 def _log(saved: SavedGuest) -> str:
     directory = os.path.join(run_directory(), "guests")
     os.makedirs(directory, mode=0o755, exist_ok=True)
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in saved.label)[:40].lstrip(".")
-    return os.path.join(directory, f"{safe or 'guest'}-{saved.pid}.log")
+    return os.path.join(directory, f"{file_name(saved.label)}-{saved.pid}.log")

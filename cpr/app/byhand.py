@@ -87,7 +87,7 @@ def save(
         if os.path.lexists(there):
             raise UsageError(f"{there} is there already", hint="name another file, or load what is saved there")
     candidate = world.find(name)
-    kexec = world.next_kernel(os.path.dirname(path))
+    kexec = world.next_kernel(os.path.dirname(path), restoring=False)  # nobody jumps: systemd need not be asked
     passed_over = savable.OF_THE_JUMP | (savable.OF_THE_BOOT if mode is Mode.RESTART else frozenset())
     examined = savable.examine(Examiner(world=world, choices=choices), candidate, kexec, passed_over=passed_over)
     if examined.error is not None or examined.guest is None:

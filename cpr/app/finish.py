@@ -245,9 +245,6 @@ def _loaded(path: str, saved: SavedGuest) -> Outcome:
             settled = settle(saved, saved.guest, monitor, new.pid, new.start_time)
     except CprError as error:
         return _needs(saved, f"its new QEMU (pid {new.pid}) could not be told to go on", error.message)
-    manifest = manifests.read_file(path)
-    before = next(g.restore for g in manifest.guests if g.pid == saved.pid)
-    after = replace(before, result=Result.RESTORED, time=time.time())
-    manifests.write_file(path, manifests.with_restore(manifest, saved.pid, after))
+    manifests.noted(path, manifests.read_file(path), saved.pid, result=Result.RESTORED)
     settled.notes.append("finished by recover")
     return bringback.Back(saved=saved, restored=settled).outcome()

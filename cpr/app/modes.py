@@ -57,7 +57,7 @@ def info(name: str, choices: Choices, world: World | None = None) -> Modes:
     free = tuple(
         engine for engine, findings in examined.engines if not any(f.severity is Severity.BLOCKER for f in findings)
     )
-    kexec = world.next_kernel(store.state_directory())
+    kexec = world.next_kernel(store.state_directory(), restoring=False)  # that is the host's, and not asked here
     reboot = savable.examine(examiner, candidate, kexec, passed_over=host_checks())
     ram = tuple((b.id, kept(b, kexec)) for b in reboot.guest.ram) if reboot.guest is not None else ()
     return Modes(examined=examined, restart=free, reboot=reboot, ram=ram)

@@ -23,7 +23,7 @@ from cpr.app.saveall import Saving
 from cpr.app.update import Update, untouched
 from cpr.app.world import real_world
 from cpr.checks.registry import blockers
-from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted, NotFound
+from cpr.errors import Blocked, CprError, DeadlinePassed, Exit, Interrupted, NotFound, words
 from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
@@ -172,8 +172,8 @@ class _Reboot:
         if self.stop.requested() is not None:
             raise Interrupted("interrupted before the commit")
         if time.monotonic() > self.began + self.timeout:
-            words = f"not done within {self.timeout:g} s"
-            raise DeadlinePassed("save the guests", words, hint="--timeout allows longer")
+            late = f"not done within {self.timeout:g} s"
+            raise DeadlinePassed("save the guests", late, hint="--timeout allows longer")
 
     def _save(self) -> None:
         self.saving.try_states()
@@ -234,9 +234,9 @@ class _Reboot:
         with contextlib.suppress(OSError, CprError):
             self._write_guests(phase)
         self.saving.close()
-        words = f"{what}: {_words(error)}"
+        said = f"{what}: {words(error)}"
         outcomes = [
-            replace(o, error="; ".join(filter(None, [words, o.error]))) for o in finish_held(self.path, self.world)
+            replace(o, error="; ".join(filter(None, [said, o.error]))) for o in finish_held(self.path, self.world)
         ]
         return self._update(outcomes)
 
@@ -322,10 +322,6 @@ class _Reboot:
             outcome,
             pid_after=outcome.pid_before,
             runstate=went.runstate,
-            error="; ".join([_words(error), *went.failed, *more]),
+            error="; ".join([words(error), *went.failed, *more]),
             hint=error.hint if isinstance(error, CprError) else "",
         )
-
-
-def _words(error: BaseException) -> str:
-    return error.message if isinstance(error, CprError) else str(error) or type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -94,9 +93,7 @@ def _given_up(path: str, manifest: Manifest, guests: Iterable[SavedGuest]) -> It
     for guest in guests:
         if guest.restore.result is not Result.OPEN:
             raise Blocked(f"{guest.label} is {guest.restore.result} already", where="where it was")
-        restore = replace(guest.restore, result=Result.GIVEN_UP, time=time.time(), words="given up by name")
-        manifest = manifests.with_restore(manifest, guest.pid, restore)
-        manifests.write_file(path, manifest)
+        manifest = manifests.noted(path, manifest, guest.pid, result=Result.GIVEN_UP, words="given up by name")
         yield Outcome(
             guest=guest.label,
             uuid=guest.uuid,

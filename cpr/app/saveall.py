@@ -6,12 +6,15 @@ Out of scope: the manifest, the kernel, and when which is done (reboot.py).
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import shutil
 from typing import TYPE_CHECKING, TypeVar
 
 from cpr.app.examine import Examined, in_parallel
 from cpr.checks.binary import same_binary
 from cpr.errors import CprError
+from cpr.names import file_name
 from cpr.reboot import store
 from cpr.reboot.saving import Saver
 from cpr.reboot.trial import try_state
@@ -62,7 +65,7 @@ class Saving:
             pid = guest.process.pid
             self._savers[pid] = Saver(
                 guest,
-                os.path.join(self._directory, f"{_file_name(guest.name)}-{pid}.state"),
+                os.path.join(self._directory, f"{file_name(guest.name)}-{pid}.state"),
                 target=examined.target,
                 pinned=copies[binary],
                 attend=self._attend,
@@ -125,12 +128,8 @@ class Saving:
         for saver in self._savers.values():
             with contextlib.suppress(OSError):
                 os.unlink(saver.path)
-        for directory, _, names in os.walk(self._directory, topdown=False):
-            if os.path.basename(directory).startswith("old-"):
-                with contextlib.suppress(OSError):
-                    for name in names:
-                        os.unlink(os.path.join(directory, name))
-                    os.rmdir(directory)
+        for directory in glob.glob(os.path.join(glob.escape(self._directory), "old-*")):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _all(self, text: str, work: Callable[[Saver], object]) -> None:
         def one(saver: Saver) -> None:
@@ -161,7 +160,3 @@ def _raise_first(errors: Sequence[BaseException | None]) -> None:
     for error in errors:
         if error is not None:
             raise error
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40].lstrip(".") or "guest"

@@ -17,6 +17,7 @@ from cpr.app.runnable import runnable
 from cpr.app.world import World, real_world
 from cpr.errors import BinaryUnusable, CprError, MonitorError, PrivilegeError, UsageError
 from cpr.linux.process import Process, open_process
+from cpr.names import file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -71,7 +72,7 @@ def run(
         raise BinaryUnusable(argv[0], "no such program", hint="the first word after -- is the QEMU to start")
     knows = world.ask(program, ()).options
     directory = _directory()
-    stem = os.path.join(directory, f"{_file_name(name) or 'guest'}-{secrets.token_hex(3)}")
+    stem = os.path.join(directory, f"{file_name(name)}-{secrets.token_hex(3)}")
     memory: list[int] = []
 
     def allocate(wanted: Memory) -> int:
@@ -112,11 +113,6 @@ def _directory() -> str:
             where=NOTHING_RUNS,
         ) from None
     return path
-
-
-def _file_name(name: str) -> str:
-    """A guest's name as part of a file name, short enough for a UNIX socket's 107 bytes."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40].lstrip(".")
 
 
 def _memfd(wanted: Memory) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.checks.registry import blockers
 from cpr.cli.output import error_json, moment
+from cpr.errors import Exit
 
 if TYPE_CHECKING:
     from cpr.app import Departure, Examined, Modes, Prepared, RebootCheck, Saved, Started, Story, Update
@@ -298,6 +299,12 @@ def saved_guest(it: Story, guest: SavedGuest) -> dict[str, Any]:
         "time": moment(restore.time) if restore.time else None,
         "error": restore.words or None,
     }
+
+
+def verdict(code: Exit) -> dict[str, Any]:
+    """What a look came to: nothing is blocked, something is, or could not be looked at."""
+    known = {Exit.OK: "ok", Exit.WOULD_UPDATE: "ok", Exit.BLOCKED: "blocked"}
+    return {"status": known.get(code, "error"), "exit_code": int(code)}
 
 
 def _status(code: int) -> str:

@@ -99,9 +99,8 @@ def check_command(
     if exit_code and code is Exit.OK and any(e.outdated for e in examined):
         code = Exit.WOULD_UPDATE
     if json:
-        status = "ok" if code in (Exit.OK, Exit.WOULD_UPDATE) else "blocked" if code is Exit.BLOCKED else "error"
         Output(json, "check").document(
-            mode="restart", status=status, exit_code=int(code), guests=[documents.checked(e) for e in examined]
+            mode="restart", **documents.verdict(code), guests=[documents.checked(e) for e in examined]
         )
     else:
         say("\n".join(describe.check_lines(examined)) if examined else "no guests on this host")
@@ -117,8 +116,7 @@ def _check_kexec(guests: list[str], chosen: Choices, wanted: Jump, *, exit_code:
     if exit_code and code is Exit.OK:
         code = Exit.WOULD_UPDATE
     if output.json:
-        status = "ok" if code in (Exit.OK, Exit.WOULD_UPDATE) else "blocked" if code is Exit.BLOCKED else "error"
-        output.document(**documents.reboot_check(found), status=status, exit_code=int(code))
+        output.document(**documents.reboot_check(found), **documents.verdict(code))
     else:
         say("\n".join(describe.reboot_check_lines(found)))
     return code

@@ -51,8 +51,7 @@ def _shown(check: RebootCheck, output: Output) -> int:
 
     code = app.worst(check.exit_codes)
     if output.json:
-        status = "ok" if code is Exit.OK else "blocked" if code is Exit.BLOCKED else "error"
-        output.document(**documents.reboot_check(check), run=None, status=status, exit_code=int(code))
+        output.document(**documents.reboot_check(check), run=None, **documents.verdict(code))
     else:
         say("\n".join(describe.reboot_check_lines(check)))
     return code

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -213,6 +214,18 @@ def with_restore(manifest: Manifest, pid: int, restore: Restore) -> Manifest:
     if pid not in {g.pid for g in manifest.guests}:
         raise NotFound(f"no guest of pid {pid} in the manifest of run {manifest.run}")
     return with_guests(manifest, *(replace(g, restore=restore) for g in manifest.guests if g.pid == pid))
+
+
+def noted(path: str, manifest: Manifest, pid: int, /, **changed: object) -> Manifest:
+    """The manifest at `path` with what became of the guest that had `pid`, as of now; on disk when it returns.
+
+    `changed`: fields of its Restore. Raises NotFound, OSError: it is not on disk.
+    """
+    before = next((g.restore for g in manifest.guests if g.pid == pid), Restore())
+    after = replace(before, time=time.time(), **changed)  # type: ignore[arg-type]
+    manifest = with_restore(manifest, pid, after)
+    write_file(path, manifest)
+    return manifest
 
 
 def with_guests(manifest: Manifest, *guests: SavedGuest) -> Manifest:

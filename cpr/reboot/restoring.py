@@ -22,7 +22,7 @@ from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import Settings, put_back
 from cpr.engines.successor import MARK, run_mark
-from cpr.errors import CprError, Exit, MonitorError, StepFailed
+from cpr.errors import CprError, Exit, MonitorError, StepFailed, words
 from cpr.linux import likeness, pci
 from cpr.linux.fds import Fd
 from cpr.linux.process import Process
@@ -174,11 +174,10 @@ def settle(saved: SavedGuest, guest: Guest, monitor: Monitor, pid: int, start_ti
 
 
 def _as_not_restored(saved: SavedGuest, error: CprError | OSError, log: str) -> NotRestored:
-    words = error.message if isinstance(error, CprError) else str(error)
     hint = "cpr restore (or cpr load) tries again; with --qemu old, in the QEMU that it was saved from"
     if os.path.exists(log):
         hint += f"; QEMU's own words are in {log}"
-    return NotRestored(f"{saved.label} is not restored: {words}", hint=hint)
+    return NotRestored(f"{saved.label} is not restored: {words(error)}", hint=hint)
 
 
 class _Starting:
@@ -317,8 +316,8 @@ class _Starting:
             return self._words() or "the new QEMU ended without a word"
         if status == "completed":
             return ""
-        words = migration.failure(monitor)
-        return self._words() or words or f"the migration is {status}"
+        said = migration.failure(monitor)
+        return self._words() or said or f"the migration is {status}"
 
     def kill(self) -> None:
         """Nothing of the guest has run in it."""

@@ -70,7 +70,6 @@ class Saver:
         self.path = path
         self._target = target
         self._pinned = pinned
-        self.saved_seconds = 0.0
         self._attend = attend
         self._process: Process | None = None
         self._monitor: Monitor | None = None
@@ -169,7 +168,6 @@ class Saver:
             os.close(number)
         stops = [e for e in monitor.events()[seen:] if e.name == "STOP"]
         self._known = replace(self.known, stopped_at=stops[0].timestamp if stops else None)
-        self.saved_seconds = time.monotonic() - began
 
     def _sending(self) -> socket.socket:
         """Have QEMU begin; our end of the way. No descriptor passes a TCP monitor."""

@@ -259,11 +259,7 @@ def clean(path: str, manifest: Manifest) -> None:
 def forget(path: str) -> None:
     """Remove the manifest of a guest that was saved by hand and runs on, and what belongs to it. Never raises."""
     _drop_by_hand(path)
-    directory = path.removesuffix(MANIFEST_SUFFIX) + OLD_SUFFIX
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
-            os.unlink(os.path.join(directory, name))
-        os.rmdir(directory)
+    shutil.rmtree(path.removesuffix(MANIFEST_SUFFIX) + OLD_SUFFIX, ignore_errors=True)
     for name in (path, path.removesuffix(MANIFEST_SUFFIX)):
         with contextlib.suppress(OSError):
             os.unlink(name)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -249,3 +250,18 @@ def test_namespaces_of_its_own() -> None:
     other = {**own.namespaces, "net": (0, 0), "mnt": (0, 1)}
     assert namespaces_of_its_own(own, other) == ("mnt", "net")
     assert namespaces_of_its_own(replace(own, namespaces={"odd": (1, 1)}), other) == ()
+
+
+def test_what_became_of_a_guest_is_noted_on_disk(directory: str) -> None:
+    path = write(directory, manifest())
+    before = time.time()
+    known = m.noted(path, manifest(), 4343, result=Result.LOADED, pid=7)
+    assert m.read_file(path) == known
+    first, second = known.guests
+    assert first.restore == Restore()
+    assert (second.restore.result, second.restore.pid) == (Result.LOADED, 7)
+    assert before <= second.restore.time <= time.time()
+    again = m.noted(path, known, 4343, result=Result.RESTORED)
+    assert again.guests[1].restore.pid == 7, "what is not named stays"
+    with pytest.raises(NotFound):
+        m.noted(path, known, 1, result=Result.RESTORED)
