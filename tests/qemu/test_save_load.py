@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import stat
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.qemu.conftest import qemus_of
 from tests.qemu.moving import monitor
 from tests.qemu.saving import Subject, changed, shared_memory, virtio
 
@@ -47,6 +49,8 @@ def test_a_guest_goes_on(lab: Lab, cpr: Command, builds: Builds, old: str, new: 
     assert document["status"] == "saved"
     assert document["state_bytes"] < 4 << 20, "RAM is in it"
     assert stat.S_IMODE(subject.file.stat().st_mode) == 0o600
+    (run,) = cpr("runs", "--json").json["runs"]
+    assert (run["mode"], run["counts"], run["next"]) == ("save", {"waiting": 1}, f"cpr load {subject.file}")
     outcome = subject.loaded()
     assert outcome["status"] == "updated"
     assert outcome["runstate"] == "running"
@@ -55,6 +59,8 @@ def test_a_guest_goes_on(lab: Lab, cpr: Command, builds: Builds, old: str, new: 
     assert 0 < outcome["blackout_seconds"] < 60
     subject.counts_on(before)
     assert subject.result() == "restored"
+    (run,) = cpr("runs", "--json").json["runs"]
+    assert (run["counts"], run["next"]) == ({"back": 1}, None)
     assert not subject.file.exists(), "a state that is void was left"
 
 
@@ -212,6 +218,36 @@ def test_what_is_not_what_it_was_is_refused(
     assert again.code == 3, str(again)
     assert "restored already" in again.err
     assert subject.status() == "running"
+
+
+@full
+def test_a_helper_that_is_not_there(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """Its socket is gone: refused before a QEMU was started, in our words; once it listens again the guest goes on."""
+    path = lab.directory / "helper"
+    with listening(path):
+        subject = Subject.start(lab, cpr, builds("10.0"), "-chardev", f"socket,id=helper,path={path}")
+        before = subject.guest.log.number
+        subject.saved()
+    untouched = digest(subject.file, subject.ram)
+    result = subject.load()
+    assert result.code == 3, str(result)
+    assert f"the socket {path} is not there" in result.err
+    assert "not touched" in result.err
+    assert digest(subject.file, subject.ram) == untouched
+    assert qemus_of(lab) == []
+    with listening(path):
+        subject.loaded()
+        subject.counts_on(before)
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[None]:
+    """Somebody who takes connections and says nothing."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        yield
+    path.unlink()
 
 
 @full
