@@ -255,11 +255,20 @@ def going_down(*, root: str = "/") -> bool:
     """Whether systemd is on its way to a shutdown, reboot or kexec, or has one queued; it may be cancelled still."""
     if not systemd_runs(root=root):
         return False
-    try:  # it exits with 1 for whatever is not "running"
-        told = process.run(["systemctl", "is-system-running"], timeout=ASK_SECONDS, check=False)
+    state = _systemctl("is-system-running").strip()
+    if state in ("initializing", "starting"):  # manager_state() of core/manager.c tells that before the other
+        jobs = [line.split()[1:3] for line in _systemctl("list-jobs", "--no-legend", "--plain").splitlines()]
+        return ["shutdown.target", "start"] in jobs
+    return state == "stopping"
+
+
+def _systemctl(*words: str) -> str:
+    """What it says, whatever its exit status (`is-system-running`: 1 for all states but one); "" where it is silent."""
+    try:
+        done = process.run(["systemctl", *words], timeout=ASK_SECONDS, check=False)
     except (process.RunFailed, OSError):
-        return False
-    return told.stdout.strip() == b"stopping"
+        return ""
+    return done.stdout.decode(errors="replace")
 
 
 def jump(*, systemd: bool, root: str = "/") -> None:

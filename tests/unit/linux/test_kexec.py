@@ -278,14 +278,23 @@ def test_a_jump_that_systemd_has_begun(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("state", "expected"), [("stopping", True), ("running", False), ("degraded", False), ("starting", False)]
+    ("state", "job", "expected"),
+    [
+        ("stopping", "", True),
+        ("running", "", False),
+        ("degraded", "", False),
+        ("starting", "7 shutdown.target start waiting", True),
+        ("starting", "7 slow.service start running", False),
+        ("initializing", "", False),
+    ],
 )
 def test_whether_the_host_goes_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, expected: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, job: str, expected: bool
 ) -> None:
     """A fake systemctl, which exits with 1 as the real one does unless all is well."""
     program = tmp_path / "systemctl"
-    program.write_text(f'#!/bin/sh\n[ "$*" = is-system-running ] && echo {state}\nexit 1\n')
+    script = f'case "$1" in is-system-running) echo {state};; list-jobs) echo "{job}";; esac\nexit 1\n'
+    program.write_text(f"#!/bin/sh\n{script}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert not kexec.going_down(root=str(tmp_path)), "no systemd runs"
