@@ -191,6 +191,9 @@ def _in_place(record: Record) -> Outcome:
     fact = back or record.facts.get("exec", {})
     pid, start_time = (int(back["pid"]), int(back["start_time"])) if back else (record.pid, record.start_time)
     process = _alive(pid, start_time)
+    if process is None and (process := _going_back(record)) is not None:
+        back = fact = record.facts["going back"]
+        pid = process.pid
     if process is None:
         when = "after the commit" if record.committed else "before the commit"
         where = f"the guest's process has ended {when}"
@@ -216,6 +219,19 @@ def _in_place(record: Record) -> Outcome:
         code = Exit.ROLLED_BACK
         return replace(outcome, status=Status.ROLLED_BACK, exit_code=int(code), where=errors.AS_BEFORE)
     return outcome
+
+
+def _going_back(record: Record) -> Process | None:
+    """The old program, started again by a keeper that died before it knew its pid: it has the state."""
+    fact = record.facts.get("going back")
+    if fact is None:
+        return None
+    number, inode = fact["state"]
+    for process in _by_mark(record):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{process.pid}/fd/{number}").st_ino == inode:
+                return process
+    return None
 
 
 def _restore_taps(record: Record, old: Process) -> None:
@@ -308,12 +324,15 @@ def _alive(pid: int, start_time: int) -> Process | None:
 
 
 def _marked(record: Record) -> list[Process]:
-    """All that the run started, by the mark in the environment: its keeper may have died before it knew a pid.
+    """All that the run started: its keeper may have died before it knew a pid."""
+    return _by_mark(record) if "starting" in record.facts else []
+
+
+def _by_mark(record: Record) -> list[Process]:
+    """Processes with the run's mark in their environment.
 
     A helper that is becoming a QEMU has no environment for a moment: looked for again, until nothing new is found.
     """
-    if "starting" not in record.facts:
-        return []
     mark = run_mark(record.run, record.pid)
     found: dict[int, Process] = {}
     for _ in range(MARK_SCANS):

@@ -17,16 +17,16 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import fdmap, graft, hush, mend, stream
+from cpr.engines import graft, hush, mend, stream
 from cpr.engines.borrow import BORROWED, SECONDS
 from cpr.engines.relay import Relay
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners, give_vnc
+from cpr.engines.wayback import close_left
 from cpr.errors import CommandFailed, CprError
 from cpr.linux import proc
 from cpr.linux.fds import Fd, take_fd
-from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Tracer
+from cpr.linux.tracer import Tracer
 from cpr.model import MonitorAddress, Runstate
 from cpr.qemu import clients, qmp
 
@@ -122,7 +122,7 @@ def put_in_order(record: Record, process: Process, monitor: Monitor, fact: Mappi
     names = [step["id"] for step in record.header["steps"]]
     done = {names[index] for index, state in record.steps.items() if state == "done"}
     lost = [] if PassVncListeners.__name__ in done else _listen(process, monitor, fact.get("vnc", []))
-    return lost + _close(process, fact.get("left", []))
+    return lost + close_left(process, fact.get("left", []))
 
 
 def _take(process: Process, numbered: Sequence[int]) -> Fd:
@@ -184,23 +184,6 @@ def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[Sequ
         except (CommandFailed, OSError) as error:
             lost.append(f"a VNC display does not listen any more: {error}")
     return lost
-
-
-def _close(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
-    """Close in the process what it needed once."""
-    entries = {str(number): fdmap.Entry(int(number), int(inode)) for number, inode in known}
-    try:
-        numbers = set(fdmap.verify(process.pid, fdmap.FdMap(entries=entries)).good.values())
-    except OSError:  # it has ended
-        return []
-    if not numbers:
-        return []
-    try:
-        with Tracer.start(process) as tracer:
-            tracer.run(Attach(), Batch(tuple(Call("close", (number,)) for number in numbers)), Detach())
-    except (CprError, OSError) as error:
-        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"]
-    return []
 
 
 def mend_monitors(record: Record, process: Process) -> list[str]:

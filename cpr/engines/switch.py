@@ -226,7 +226,7 @@ def make_room(run: Run, step: str) -> None:
     Raises:
         StepFailed: a client has no room, and cannot be given any.
     """
-    for label, client in _clients_held(run):
+    for label, client in clients_held(run):
         with clients.socket_of(client) as sock:
             if not clients.widen(sock):
                 raise StepFailed(
@@ -238,12 +238,12 @@ def make_room(run: Run, step: str) -> None:
 
 def take_room_back(run: Run) -> None:
     """Undo `make_room`; what is in the sockets stays."""
-    for _, fd in _clients_held(run):
+    for _, fd in clients_held(run):
         with clients.socket_of(fd) as sock:
             clients.narrow(sock)
 
 
-def _clients_held(run: Run) -> list[tuple[str, fds.Fd]]:
+def clients_held(run: Run) -> list[tuple[str, fds.Fd]]:
     """Label and descriptor of the clients that were sent ahead."""
     return [(n.removeprefix(CLIENT), fd) for n, fd in run.descriptors.items() if n.startswith(CLIENT)]
 

@@ -8,27 +8,32 @@ Only its pid is another one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import graft, stream
+from cpr.engines import fdmap, graft, stream
 from cpr.engines.borrow import NOWHERE, note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
-from cpr.engines.switch import CLIENT, PassVncListeners
+from cpr.engines.switch import PassVncListeners, clients_held
 from cpr.errors import CommandFailed, CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
-from cpr.linux.tracer import Tracer
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Successor
+    from cpr.linux.fds import Fd
     from cpr.model import Guest
     from cpr.run import Run
 
@@ -37,6 +42,25 @@ ATTEMPTS = 3
 STATE_NUMBER, PROGRAM_NUMBER, CLIENT_NUMBERS = 8, 9, range(10, 20)
 """Below all that a successor is given: the state, for `cpr recover`; the old program where another file stands at its
 path now; clients whose monitors were borrowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """What the process has under which (number, inode) in case that we die: `cpr recover` goes on with it."""
+
+    state: tuple[int, int]
+    clients: dict[str, tuple[int, int]]
+    """By chardev."""
+    vnc: list[list[tuple[int, int]]]
+    """Listeners of each display."""
+
+    @property
+    def left(self) -> list[tuple[int, int]]:
+        """What it does not need any more once it has been given it over the monitor."""
+        return [*self.clients.values(), *itertools.chain(*self.vnc)]
+
+    def facts(self) -> dict[str, object]:
+        return {"state": self.state, "clients": self.clients, "vnc": self.vnc, "left": self.left}
 
 
 def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
@@ -52,14 +76,14 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.new = None
     for attempt in range(ATTEMPTS):
         try:
-            process, monitor = _start(run, guest, back, kept)
+            process, monitor, placed = _start(run, guest, back, kept)
             break
         except CprError as error:
             if attempt == ATTEMPTS - 1:
                 run.extra["lost"] = "the guest is down: the new QEMU failed, and the old one could not be started again"
                 raise
             run.notes.append(f"on the way back, tried again: {error.message}")
-    _reconnect(run, guest)
+    _reconnect(run)
     seen = monitor.event_count
     if guest.running:
         monitor.execute("cont")
@@ -69,18 +93,20 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.old_monitor, run.new_monitor = monitor, None
     _put_back(run, guest, back)
     _give_monitors_back(run, process)
+    run.notes += close_left(process, placed.left)
 
 
-def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor]:
+def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor, Placed]:
     """A process with the old program that has the state and has run nothing; nothing is left of it where it fails."""
     for label in sessions(run):
         with contextlib.suppress(CprError):
             note_number(run, label, NOWHERE)
-    process, control = _launch(run, guest, back, kept)
+    given, placed = _given(run, back, kept)
+    run.journal.fact("going back", **placed.facts())
+    process, control = _launch(run, guest, back, kept, given)
     try:
         run.new = process
-        state = (STATE_NUMBER, os.fstat(kept.state.number).st_ino)
-        run.journal.fact("back", pid=process.pid, start_time=process.start_time, state=state)
+        run.journal.fact("back", pid=process.pid, start_time=process.start_time, **placed.facts())
         if run.new_monitor is not None:
             run.new_monitor.close()
         os.lseek(kept.state.number, 0, os.SEEK_SET)
@@ -91,19 +117,39 @@ def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Proc
         run.kill_new()
         run.new = None
         raise
-    return process, monitor
+    return process, monitor, placed
 
 
-def _launch(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, socket.socket]:
+def _given(run: Run, back: Successor, kept: InPlace) -> tuple[dict[int, int], Placed]:
+    """{number in the process: ours} of what it is started with, and what of it counts should we die."""
+    given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
+    given[STATE_NUMBER] = kept.state.number
+    given |= dict(zip(CLIENT_NUMBERS, (session.client_number for session in sessions(run).values()), strict=False))
+    free = itertools.count(max(*given, *CLIENT_NUMBERS, back.control_number or 0) + 1)
+
+    def place(fd: Fd) -> tuple[int, int]:
+        number = next(free)
+        given[number] = fd.number
+        return number, os.fstat(fd.number).st_ino
+
+    placed = Placed(
+        state=(STATE_NUMBER, os.fstat(kept.state.number).st_ino),
+        clients={label: place(fd) for label, fd in clients_held(run)},
+        vnc=[[place(run.descriptors[name]) for name in names] for _, names in back.vnc],
+    )
+    return given, placed
+
+
+def _launch(
+    run: Run, guest: Guest, back: Successor, kept: InPlace, given: dict[int, int]
+) -> tuple[Process, socket.socket]:
     run.words = words_of(run.descriptors.get("stdio:2"))
     ours, theirs = socket.socketpair()
     assert back.control_number is not None
     if kept.console is not None:
         with contextlib.suppress(OSError):
             kept.console.as_before()
-    given = {e.target: run.descriptors[e.name].number for e in back.inherited if e.target is not None}
-    given |= {back.control_number: theirs.fileno(), STATE_NUMBER: kept.state.number}
-    given |= dict(zip(CLIENT_NUMBERS, (session.client_number for session in sessions(run).values()), strict=False))
+    given = {**given, back.control_number: theirs.fileno()}
     with theirs:
         for executable in ((guest.binary.path, guest.binary.identity), (f"/proc/self/fd/{PROGRAM_NUMBER}", None)):
             try:
@@ -134,13 +180,10 @@ def _like(guest: Guest, kept: InPlace) -> likeness.Likeness:
     return kept.like
 
 
-def _reconnect(run: Run, guest: Guest) -> None:
+def _reconnect(run: Run) -> None:
     """Clients that were connected go on; one whose place somebody has taken is told of."""
     monitor = run.successor
-    for name, fd in run.descriptors.items():
-        label = name.removeprefix(CLIENT)
-        if label == name:
-            continue
+    for label, fd in clients_held(run):
         try:
             monitor.send_fd("cpr-client", fd.number)
             monitor.execute("add_client", protocol=label, fdname="cpr-client")
@@ -186,3 +229,20 @@ def _give_monitors_back(run: Run, process: Process) -> None:
             run.notes.append(f"{label}: its client lost its session on the way back ({error})")
             session.close()
         del sessions(run)[label]
+
+
+def close_left(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
+    """Close in the process what it needed once: (number, inode) of each. What could not be done, in words."""
+    entries = {str(number): fdmap.Entry(int(number), int(inode)) for number, inode in known}
+    try:
+        numbers = set(fdmap.verify(process.pid, fdmap.FdMap(entries=entries)).good.values())
+    except OSError:  # it has ended
+        return []
+    if not numbers:
+        return []
+    try:
+        with Tracer.start(process) as tracer:
+            tracer.run(Attach(), Batch(tuple(Call("close", (number,)) for number in numbers)), Detach())
+    except (CprError, OSError) as error:
+        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"]
+    return []

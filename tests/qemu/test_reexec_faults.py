@@ -83,6 +83,18 @@ def test_the_new_program_dies_after_the_commit(victim: Victim, moment: Moment) -
     victim.closed()
 
 
+@pytest.mark.parametrize("at", ["fact:back", pytest.param("sent:cont:new", marks=pytest.mark.full)])
+def test_the_keeper_is_killed_on_the_way_back(victim: Victim, at: str) -> None:
+    """The new program died, and then the keeper: the old one, started again, is found, also without its pid."""
+    before = victim.before()
+    dies = Fault(at=SCRIPT.at("LoadState", "doing"), do="kill_new")
+    outcome = victim.play(dies, Fault(at=at, do="kill_keeper"))
+    assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
+    victim.in_the_old_again(before)
+    assert victim.guest.console.hangups == 0
+    victim.can_be_updated()
+
+
 @pytest.mark.parametrize("moment", moments("kill_keeper"))
 def test_the_keeper_is_killed(victim: Victim, moment: Moment) -> None:
     """Its command goes back where the old program still runs, and forward where the new one does."""
