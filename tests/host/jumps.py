@@ -28,6 +28,10 @@ def persistent(regions: Sequence[int], kind: str = MEMMAP, **how: Any) -> Machin
     return Machine(dax=NVDIMM if kind == NVDIMM else MEMMAP, regions=tuple(regions), **how)
 
 
+SMOKE = persistent((160, 256), devices=True)
+"""For what runs every day: one boot for all of it."""
+
+
 def device_dax(host: Host) -> list[str]:
     """Make each region a device DAX; their paths."""
     names = [f"namespace{number}.0" for number in range(len(host.machine.regions))]

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from tests.host.conftest import Hosts
     from tests.host.guests import Guest
 
-MIB = {"small": 96, "linux": 192}
-REGIONS = (160, 256)
 
 
 def findings(text: str) -> set[str]:
@@ -34,7 +32,7 @@ def findings(text: str) -> set[str]:
 @pytest.mark.timeout(900)
 def test_smoke(hosts: Hosts) -> None:
     """A guest that counts and one with a passed-through disk over one jump; refused while a third would be lost."""
-    host = hosts.get(jumps.persistent(REGIONS, devices=True), fresh=True)
+    host = hosts.get(jumps.SMOKE, fresh=True)
     began = time.monotonic()
     first, second = jumps.device_dax(host)
     jumps.to_vfio(host, NVME_ADDRESS)
@@ -67,6 +65,8 @@ def test_smoke(hosts: Hosts) -> None:
         log = guest.whole()
         assert log.sound, log.problems()
     assert len(passed.log().boot_ids) == 1
+    for guest in (counting, passed):
+        guest.end()
 
 
 ROUTES = [

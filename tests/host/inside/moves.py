@@ -152,13 +152,17 @@ def started(build: QemuBuild, kind: str, memory: str, accel: str, cpus: int) -> 
     """A guest that counts, with its RAM in a file of tmpfs, which every QEMU leaves out of the stream."""
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab())
-        ram = f"memory-backend-file,share=on,mem-path={lab.directory}/ram"
+        # in huge pages: 512 times fewer faults of the nested guest, each of which takes half a millisecond
+        ram = f"memory-backend-file,share=on,mem-path={lab.directory}/ram,align=2M"
         began = time.monotonic()
         if kind == "counting":
             guest: Guest[Any] = lab.counting(
                 build, memory=memory, accel=accel, backend=ram, hz=HZ, seconds=START_SECONDS
             )
-            yield Subject(lab, guest, time.monotonic() - began, None)
+            seconds = time.monotonic() - began
+            # A guest of 7.2 that never halts is reset in the emulated KVM by any other that runs beside it, cpr or not.
+            guest.log.wait_rounds(1, 120)
+            yield Subject(lab, guest, seconds, None)
             return
         network = stack.enter_context(tap.Tap())
         image = lab.directory / "disk"
