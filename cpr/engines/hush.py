@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cpr.engines import graft
-from cpr.linux.tracee import Call, Result
+from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.qemu.clients import aside, descriptor_targets
 
@@ -30,9 +30,14 @@ SILENT = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 """Not connected: nothing is to be read from it, nobody hangs up, and a read says EAGAIN."""
 
 
-def hush(process: Process, tracer: Tracer, numbers: Iterable[int]) -> None:
-    """Have accepted connections of the process, which is the tracer's, say nothing. Safe to repeat on others, not on
-    these.
+def silence() -> socket.socket:
+    """A socket on which nothing ever comes: for the process beforehand, as calls in it take time."""
+    return socket.socket(socket.AF_UNIX, SILENT)
+
+
+def hush(process: Process, tracer: Tracer, numbers: Iterable[int], silent: int) -> None:
+    """Have accepted connections of the process, which is the tracer's, say nothing: it has a silent socket as `silent`.
+    Safe to repeat on others, not on these.
 
     Should the tracer die in the middle, `listen_again` undoes what was done.
 
@@ -42,12 +47,9 @@ def hush(process: Process, tracer: Tracer, numbers: Iterable[int]) -> None:
     calls: list[Call] = []
     high = aside(process.pid)
     for number in numbers:
-        at = len(calls)
         calls += [
             Call("fcntl", (number, fcntl.F_DUPFD_CLOEXEC, high)),
-            Call("socket", (socket.AF_UNIX, SILENT, 0)),
-            Call("dup3", (Result(at + 1), number, os.O_CLOEXEC)),
-            Call("close", (Result(at + 1),)),
+            Call("dup3", (silent, number, os.O_CLOEXEC)),
         ]
     if calls:
         tracer.run(Attach(), Batch(tuple(calls)), Detach())

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cpr.run import Run
 
 STATE = "cpr-state"
+SILENT = "cpr-silent"
 
 
 @dataclass(slots=True)
@@ -111,9 +112,11 @@ class PrepareExec(Step):
         run.closing.callback(kept.places.close)
         self._hold_memory(run, kept)
         kept.console = self._console(run)
-        names = [STATE, *(e.name for e in new.inherited if e.source is None)]
+        names = [STATE, SILENT, *(e.name for e in new.inherited if e.source is None)]
         run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
+        with hush.silence() as silent:
+            self._give(run, kept, SILENT, silent.fileno())
         for entry in new.inherited:
             if entry.source is None:
                 self._give(run, kept, entry.name, run.descriptors[entry.name].number)
@@ -272,7 +275,7 @@ class SaveState(Step):
         kept.hushed = [(number, inodes[label]) for label, number in kept.clients.items()]
         run.journal.fact("hushed", clients=kept.hushed)
         try:
-            hush.hush(run.old, kept.tracer, kept.clients.values())
+            hush.hush(run.old, kept.tracer, kept.clients.values(), kept.given[SILENT])
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
 

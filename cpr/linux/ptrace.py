@@ -44,6 +44,8 @@ ALL_SIGNALS = 2**64 - 1
 """SIGKILL and SIGSTOP are left out by the kernel."""
 
 _WALL = int(_func.THREAD_TRACE_FLAGS)
+_AWAKE = 0.0003
+"""Seconds for which a stop is waited for without sleeping: to be woken takes longer than most calls."""
 _NOT_BEFORE = 0.002
 """Seconds between looks at a thread where SIGCHLD does not tell, because another thread of ours took it."""
 
@@ -203,9 +205,13 @@ def wait(tid: int, until: float) -> Stop:
     Raises:
         ProcessLookupError: it has ended. TimeoutError.
     """
+    awake = time.monotonic() + _AWAKE
     try:
         while (stop := poll(tid)) is None:
-            pause(until)
+            if time.monotonic() < awake:
+                os.sched_yield()
+            else:
+                pause(until)
     except ChildProcessError:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} has ended") from None
     return stop
