@@ -44,9 +44,10 @@ def line(what: str, document: dict[str, Any]) -> str:
     clock = f", clock off by at most {max(clocks):.0f} ms" if clocks else ""
     start = max(document["starts"])
     versions = " -> ".join(document["versions"])
+    spoilt = f"; {document['spoilt']} more were reset before anything was done" if document["spoilt"] else ""
     return (
         f"{what}: {versions}, {len(rounds)} times: blackout {blackouts[0]:.0f} / {middle:.0f} / {blackouts[-1]:.0f} ms "
-        f"(least, median, most){clock}; guest up in {start:.1f} s at most"
+        f"(least, median, most){clock}; guest up in {start:.1f} s at most{spoilt}"
     )
 
 
