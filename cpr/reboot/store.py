@@ -5,7 +5,7 @@
           ├── current -> RUN             the run whose guests are saved now; gone when all are back
           └── RUN/
                ├── manifest.json         and manifest.json.lock while somebody works on it
-               ├── NAME.state
+               ├── NAME.state            in DIR of --save-ram where the RAM is in it
                └── old-N/qemu-system-... copies of the old QEMUs, each once
 
 A guest that is saved by hand lies where its user says: FILE, FILE.manifest and FILE.old/qemu-system-...
@@ -53,6 +53,19 @@ def make_run(run: str, base: str | None = None) -> str:
         path = os.path.join(path, part).rstrip("/")
         manifests.make_directory(path)
     return path
+
+
+def make_directory(path: str) -> str:
+    """Make a directory of ours alone, and those above it, if need be; its path. Errors as `make_run`."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    manifests.make_directory(path)
+    return path
+
+
+def state_name(guest: str, pid: int) -> str:
+    """What the state of a guest is called."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in guest)[:40].lstrip(".")
+    return f"{safe or 'guest'}-{pid}.state"
 
 
 def make_current(directory: str) -> None:
@@ -156,9 +169,10 @@ def forget(path: str) -> None:
 
 
 def _remove(guest: SavedGuest, kept: set[str]) -> None:
-    if guest.state is not None:
+    state = guest.state.path if guest.state is not None else guest.state_path  # one that was cut short, too
+    if state:
         with contextlib.suppress(OSError):
-            os.unlink(guest.state.path)
+            os.unlink(state)
     if guest.pinned_binary and guest.pinned_binary not in kept:
         with contextlib.suppress(OSError):
             os.unlink(guest.pinned_binary)

@@ -23,6 +23,7 @@ from cpr.persistence import identity
 from cpr.reboot import stamp
 from cpr.reboot.files import disk_differences, state_differences
 from cpr.reboot.manifest import Mode, Result
+from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +108,9 @@ def _state(saved: SavedGuest) -> tuple[str, ...]:
 
 def _ram(ram: SavedRam) -> Iterator[str]:
     """As it was: there, of the kind and size, in place, not in use, and with the content that was stamped."""
+    if ram.volatile:
+        yield from _room(ram)
+        return
     name = f"RAM {ram.id}"
     try:
         status = os.lstat(ram.path)
@@ -134,6 +138,19 @@ def _ram(ram: SavedRam) -> Iterator[str]:
             yield f"{name}: {line}"
     except (CprError, OSError) as error:
         yield f"{name}: {error}"
+
+
+def _room(ram: SavedRam) -> Iterator[str]:
+    """Of RAM that is made anew nothing is left to be compared; nobody else may have it, nor another kind be made."""
+    if not ram.path:
+        return
+    with contextlib.suppress(OSError):
+        if users := mapped_by(ram.path, os.stat(ram.path)):
+            yield f"RAM {ram.id}: {ram.path} is in use by pid {', '.join(map(str, users))}"
+    if ram.storage.kind is Backing.HUGETLB:
+        there = existing_directory(os.path.dirname(ram.path))
+        if dax.storage_of(there).kind is not Backing.HUGETLB:
+            yield f"RAM {ram.id}: no hugetlbfs is mounted at {there}, where it is to be made"
 
 
 def mapped_by(path: str, status: os.stat_result) -> list[int]:

@@ -249,3 +249,14 @@ def test_namespaces_of_its_own() -> None:
     other = {**own.namespaces, "net": (0, 0), "mnt": (0, 1)}
     assert namespaces_of_its_own(own, other) == ("mnt", "net")
     assert namespaces_of_its_own(replace(own, namespaces={"odd": (1, 1)}), other) == ()
+
+
+def test_ram_that_went_into_the_state(directory: str) -> None:
+    """It has no stamp: a release that does not know `volatile` refuses the guest for that."""
+    plain = guest()
+    volatile = replace(plain.ram[0], volatile=True, stamp=None, path="")
+    copied = replace(plain, ram=(volatile,), ram_copy=m.RamCopy.MAPPED, state_path="/srv/ram/x.state")
+    write(directory, manifest(copied))
+    assert read(directory).guests == (copied,)
+    body = json.loads(m.encode(manifest(plain)))["body"]["guests"][0]
+    assert (body["ram_copy"], body["ram"][0]["volatile"]) == ("none", False)
