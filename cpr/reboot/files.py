@@ -70,11 +70,15 @@ def seal(path: str, *, sparse: bool = False, attend: Callable[[], None] = lambda
     return found
 
 
-def state_differences(state: StateFile) -> tuple[str, ...]:
-    """In what a state file is not the one that was sealed, in words. Raises FileError: it cannot be read."""
+def state_differences(state: StateFile, attend: Callable[[], None] = lambda: None) -> tuple[str, ...]:
+    """In what a state file is not the one that was sealed, in words; `attend` is called now and then.
+
+    Raises:
+        FileError: it cannot be read.
+    """
     fd = _open(state.path)
     try:
-        now = _sparse_sum(state.path, fd) if state.sparse else _sum(state.path, fd)
+        now = _sparse_sum(state.path, fd, attend) if state.sparse else _sum(state.path, fd)
     except OSError as error:
         raise FileError(f"{state.path}: {error.strerror}") from None
     finally:
@@ -103,7 +107,7 @@ def _sum(path: str, fd: int) -> StateFile:
         return StateFile(path=path, size=file.tell(), sha256=digest)
 
 
-def _sparse_sum(path: str, fd: int, attend: Callable[[], None] = lambda: None) -> StateFile:
+def _sparse_sum(path: str, fd: int, attend: Callable[[], None]) -> StateFile:
     """Each chunk that is not all zeroes, behind its place: the same, whether zeroes are holes or written."""
     digest, zeroes = hashlib.sha256(), bytes(CHUNK)
     size, at = os.fstat(fd).st_size, 0

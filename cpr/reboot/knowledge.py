@@ -99,7 +99,7 @@ def _ram(guest: Guest, block: RamBlock) -> SavedRam:
             if not same_file(here, there):
                 why = f"another file stands at {storage.path} now"
     if why or storage is None:
-        hint = "give it RAM in a named file with share=on at its next start"
+        hint = "give it RAM in a named file with share=on at its next start; or --mode reboot --save-ram DIR copies it"
         raise Blocked(f"{guest.label}: RAM {block.id} could not be found again: {why}", hint=hint)
     return SavedRam(id=block.id, size=block.size, path=storage.path, storage=storage, offset=block.offset)
 

@@ -21,12 +21,12 @@ from cpr.linux.process import open_process
 from cpr.model import Backing
 from cpr.persistence import identity
 from cpr.reboot import stamp
-from cpr.reboot.files import disk_differences, state_differences
+from cpr.reboot.files import FileError, disk_differences, state_differences
 from cpr.reboot.manifest import Mode, Result
 from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from cpr.reboot.manifest import Manifest, SavedGuest, SavedRam
 
@@ -44,8 +44,8 @@ class NotRestorable(CprError):
         self.reasons = reasons
 
 
-def verify(saved: SavedGuest, manifest: Manifest) -> None:
-    """Raise NotRestorable with everything that speaks against loading it."""
+def verify(saved: SavedGuest, manifest: Manifest, attend: Callable[[], None] = lambda: None) -> None:
+    """Raise NotRestorable with everything that speaks against loading it. `attend` is called now and then."""
     gone = _result(saved)
     if gone:
         raise NotRestorable(saved.label, (gone,), hint="cpr list shows the guests that run")
@@ -56,7 +56,8 @@ def verify(saved: SavedGuest, manifest: Manifest) -> None:
     if not rebooted and _lives(saved):
         why = f"the QEMU that it was saved from (pid {saved.pid}) is still there"
         raise NotRestorable(saved.label, (why,), hint="cpr recover brings it to an end")
-    reasons = [*_state(saved), *(line for ram in saved.ram for line in _ram(ram)), *_disks(saved), *_vfio(saved)]
+    reasons = [*_state(saved, attend), *(line for ram in saved.ram for line in _ram(ram))]
+    reasons += [*_disks(saved), *_vfio(saved)]
     if saved.own_namespaces:
         reasons.append(f"it ran in namespaces of its own ({', '.join(saved.own_namespaces)}), which are gone")
     if reasons:
@@ -97,12 +98,12 @@ def _lives(saved: SavedGuest) -> bool:
     return False
 
 
-def _state(saved: SavedGuest) -> tuple[str, ...]:
+def _state(saved: SavedGuest, attend: Callable[[], None]) -> tuple[str, ...]:
     if saved.state is None:
         return ("its state was not saved to the end",)
     try:
-        return state_differences(saved.state)
-    except CprError as error:
+        return state_differences(saved.state, attend)
+    except FileError as error:
         return (error.message,)
 
 

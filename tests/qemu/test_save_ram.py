@@ -112,7 +112,7 @@ def small(lab: Lab) -> Iterator[Path]:
     ("old", "new", "backend", "form"),
     [
         ("7.2", "11.1.a", None, "stream"),
-        ("10.0", "10.0", MEMFD, "mapped-ram"),
+        pytest.param("10.0", "10.0", MEMFD, "mapped-ram", marks=full),
         pytest.param("10.0", "11.1.a", None, "mapped-ram", marks=full),
         pytest.param("11.1.a", "11.1.a", MEMFD, "mapped-ram", marks=full),
         pytest.param("11.1.a", "11.1.a", "memory-backend-ram,share=on", "mapped-ram", marks=full),
