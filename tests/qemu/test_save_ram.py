@@ -414,3 +414,33 @@ def test_firmware_that_was_replaced_meanwhile(host: Copying, builds: Builds) -> 
     with monitor(guest.guest) as session:
         said = session.execute("human-monitor-command", command_line="xp /1wx 0xfff00000")
     assert said.split()[-1] == "0x00000000"
+
+
+@full
+@pytest.mark.parametrize("delay", [0.0, 0.7])
+def test_a_restore_that_is_killed_before_it_is_written_down(host: Copying, builds: Builds, delay: float) -> None:
+    """Before the load, or in its middle: what is left of it is ended, for its RAM is in nobody's way but its own."""
+    host.volatile(builds("11.1.a"), None, memory="512M")
+    counts = host.counts()
+    assert host.copy("--ignore", "save-ram-time").code == 0
+    process = host.start("restore")
+    until(lambda: qemus_of(host.lab), 20)
+    time.sleep(delay)
+    process.kill()
+    process.communicate(timeout=20)
+    assert [g.restore.result for g in host.saved()] == ["open"], "it was too late"
+    host.back(counts)
+    assert qemus_of(host.lab) == [host.guests[0].pid]
+
+
+@full
+def test_a_restore_that_is_killed_when_it_is_written_down(host: Copying, builds: Builds) -> None:
+    """It goes on in the QEMU that has the RAM, and is not loaded a second time."""
+    host.volatile(builds("10.0"), None)
+    counts = host.counts()
+    assert host.copy().code == 0
+    assert host.call("restore", **{KILL_AT: "loaded"}).code == -9
+    (pid,) = qemus_of(host.lab)
+    host.guests[0].pid = pid
+    host.back(counts)
+    assert qemus_of(host.lab) == [pid]
