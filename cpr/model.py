@@ -331,6 +331,26 @@ class NotHadAgain(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RamDirectory:
+    """Where RAM is copied to that a jump does not leave alone (--save-ram); sizes in bytes, times in seconds."""
+
+    path: str
+    free: int
+    volatile: str = ""
+    """Why what is written there is lost at the jump, in words."""
+    unusable: str = ""
+    """Why nothing of ours may be written there, in words."""
+    rate: float | None = None
+    """Bytes per second that were written there, and synced, for a measurement; None: none was made."""
+    unmeasured: str = ""
+    timeout: float = 0.0
+    """After which the save of all guests is undone; 0: never."""
+    likely: int = 0
+    most: int = 0
+    """What all guests write there together, about and at most, where that is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NextKernel:
     """The kernel that the host is going to jump into, and what a decision about that needs to know."""
 
@@ -354,6 +374,8 @@ class NextKernel:
     """The unit that restores guests is enabled."""
     live_update: bool = False
     """This kernel has /dev/liveupdate."""
+    save_ram: RamDirectory | None = None
+    """None: RAM is not to be copied anywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

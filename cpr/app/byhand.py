@@ -13,6 +13,7 @@ from cpr.app.examine import Examined, Examiner
 from cpr.app.finish import finish_held
 from cpr.app.world import Choices, World, real_world
 from cpr.checks.binary import same_binary
+from cpr.checks.reboot import copied
 from cpr.errors import (
     AS_BEFORE,
     Blocked,
@@ -72,10 +73,14 @@ def save(
     mode: Mode,
     choices: Choices,
     *,
+    save_ram: str = "",
     interrupted: Callable[[], Exit | None] = lambda: None,
     world: World | None = None,
 ) -> Saved:
     """Save one guest to `path`, with a manifest and a copy of its QEMU beside it, and end it. All or nothing.
+
+    `save_ram`: a directory to which its RAM is copied, and its state with it, where a boot would take that; what is at
+    `path` then is the manifest and the copy alone.
 
     Raises:
         UsageError: there is something at `path` already. SaveFailed: it runs on. Blocked: the QEMU that is to load it
@@ -87,7 +92,8 @@ def save(
         if os.path.lexists(there):
             raise UsageError(f"{there} is there already", hint="name another file, or load what is saved there")
     candidate = world.find(name)
-    kexec = world.next_kernel(os.path.dirname(path), restoring=False)  # nobody jumps: systemd need not be asked
+    # nobody jumps: systemd need not be asked
+    kexec = world.next_kernel(os.path.dirname(path), restoring=False, save_ram=save_ram)
     passed_over = savable.OF_THE_JUMP | (savable.OF_THE_BOOT if mode is Mode.RESTART else frozenset())
     examined = savable.examine(Examiner(world=world, choices=choices), candidate, kexec, passed_over=passed_over)
     if examined.error is not None or examined.guest is None:
@@ -98,12 +104,17 @@ def save(
         if code is not None:
             raise Interrupted("interrupted", where=AS_BEFORE)
 
+    lost = frozenset(block.id for block in copied(examined.guest, kexec))
+    state = _beside_its_ram(examined.guest, path, save_ram) if lost else path
+
     manifest_path = path + store.MANIFEST_SUFFIX
     with locked(examined.guest, "save"), store.hold(manifest_path, "save"), contextlib.ExitStack() as held:
         began = time.monotonic()
         try:
             pinned = store.pin(examined.guest.process.pid, path + store.OLD_SUFFIX)
-            saver = Saver(examined.guest, path, target=examined.target, pinned=pinned, attend=attend)
+            saver = Saver(
+                examined.guest, state, target=examined.target, pinned=pinned, lost=lost, attend=attend
+            )
             manifest = _manifest(saver.prepare(), kexec, mode)
             manifests.write_file(manifest_path, manifest)
             _note(manifest_path, manifest)
@@ -125,7 +136,7 @@ def save(
         except BaseException as error:
             if saver.stuck:
                 raise _through_its_state(saver, manifest_path, manifest, world) from error
-            _void(manifest_path, manifest, path)
+            _void(manifest_path, manifest, state)
             _undone(saver.undo(), error, manifest_path)
         if mode is Mode.REBOOT:
             os.sync()  # RAM in a file on a disk
@@ -159,6 +170,11 @@ def _tried(saver: Saver, examined: Examined) -> tuple[str, ...]:
     return try_state(saver, target)
 
 
+def _beside_its_ram(guest: Guest, path: str, save_ram: str) -> str:
+    name = f"{os.path.basename(path)}-{int(time.time())}-{store.state_name(guest.name, guest.process.pid)}"
+    return os.path.join(store.make_directory(save_ram), name)
+
+
 def _through_its_state(saver: Saver, manifest_path: str, manifest: Manifest, world: World) -> CprError:
     """It sleeps and is saved: it goes on in a copy of its QEMU. What is to be said of it."""
     known = manifests.with_guests(manifest, saver.known)
@@ -170,14 +186,14 @@ def _through_its_state(saver: Saver, manifest_path: str, manifest: Manifest, wor
     return SaveFailed("it was not saved, and is back in a copy of its QEMU")
 
 
-def _void(manifest_path: str, manifest: Manifest, path: str) -> None:
+def _void(manifest_path: str, manifest: Manifest, state: str) -> None:
     """Before it runs on: its state may not be loaded any more. On a full disk the state goes instead."""
     gone_on = [replace(g, restore=replace(g.restore, result=Result.CONTINUED)) for g in manifest.guests]
     try:
         manifests.write_file(manifest_path, _at(manifests.with_guests(manifest, *gone_on), Phase.UNDOING))
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            os.unlink(state)
 
 
 def _undone(went: WentOn, error: BaseException, manifest_path: str) -> None:

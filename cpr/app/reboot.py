@@ -137,7 +137,7 @@ class _Reboot:
         self.path = os.path.join(directory, manifests.NAME)
         self.began = time.monotonic()
         self.timeout = choices.timeout
-        self.saving = Saving(check.guests, directory, choices, progress, self._attend)
+        self.saving = Saving(check.guests, directory, choices, progress, self._attend, check.kexec)
         self.manifest: Manifest | None = None
 
     def run(self) -> Update:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.app import savable
@@ -10,11 +10,12 @@ from cpr.app.examine import Examined, Examiner, find_all, in_parallel
 from cpr.app.world import Choices, World, real_world
 from cpr.checks import apply_ignores, host_checks, run_host_checks
 from cpr.checks.registry import blockers
+from cpr.checks.saveram import amount
 from cpr.errors import Exit, UsageError
 from cpr.reboot import store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from cpr.model import Candidate, Finding, NextKernel
 
@@ -32,6 +33,8 @@ class Jump:
     reuse: bool = False
     abandon: tuple[str, ...] = ()
     """Guests that may be lost, by name."""
+    save_ram: str = ""
+    """Directory to which RAM is copied that the jump does not leave alone; empty: such a guest is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +84,27 @@ def check_kexec(
         append=jump.append,
         reuse=jump.reuse or not jump.append,
         unsaved=tuple(label(c) for c in everybody if c.process not in saved | given_up),
+        save_ram=jump.save_ram,
+        timeout=choices.timeout,
     )
     examiner = Examiner(world=world, choices=choices, run_id=run_id)
-    host = apply_ignores(run_host_checks(examiner.host(), kexec), choices.ignore)
     asked_once = host_checks()
 
     def one(candidate: Candidate) -> Examined:
         return savable.examine(examiner, candidate, kexec, passed_over=asked_once)
 
     guests = in_parallel(one, chosen, choices.jobs)
+    host = apply_ignores(run_host_checks(examiner.host(), _with_amounts(kexec, guests)), choices.ignore)
     return RebootCheck(kexec=kexec, host=host, guests=guests, abandoned=abandoned)
+
+
+def _with_amounts(kexec: NextKernel, guests: Iterable[Examined]) -> NextKernel:
+    """What all guests write to the directory of --save-ram."""
+    if kexec.save_ram is None:
+        return kexec
+    amounts = [amount(e.guest, kexec) for e in guests if e.guest is not None]
+    likely, most = sum(about for about, _ in amounts), sum(bound for _, bound in amounts)
+    return replace(kexec, save_ram=replace(kexec.save_ram, likely=likely, most=most))
 
 
 def label(candidate: Candidate) -> str:

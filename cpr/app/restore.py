@@ -15,7 +15,7 @@ from cpr.linux import proc
 from cpr.model import Outcome, Status
 from cpr.reboot import manifest as manifests
 from cpr.reboot import store
-from cpr.reboot.manifest import Phase, Result
+from cpr.reboot.manifest import Phase, RamCopy, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -89,6 +89,10 @@ def _kernel_note(manifest: Manifest) -> tuple[str, ...]:
     return (f"the host was to run the kernel {manifest.release}, and runs {release}",)
 
 
+def _ram_now(guest: SavedGuest) -> str:
+    return "its RAM was not touched" if guest.ram_copy is RamCopy.NONE else "the copy of its RAM was in that"
+
+
 def _given_up(path: str, manifest: Manifest, guests: Iterable[SavedGuest]) -> Iterable[Outcome]:
     for guest in guests:
         if guest.restore.result is not Result.OPEN:
@@ -99,7 +103,7 @@ def _given_up(path: str, manifest: Manifest, guests: Iterable[SavedGuest]) -> It
             uuid=guest.uuid,
             status=Status.SKIPPED,
             exit_code=0,
-            where="given up: it runs nowhere, and its state is removed; its RAM was not touched",
+            where=f"given up: it runs nowhere, and its state is removed; {_ram_now(guest)}",
             engine="reboot",
             pid_before=guest.pid,
         )

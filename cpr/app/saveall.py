@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cpr.app.examine import Examined, in_parallel
 from cpr.checks.binary import same_binary
+from cpr.checks.reboot import copied
 from cpr.errors import CprError
-from cpr.names import file_name
 from cpr.reboot import store
 from cpr.reboot.saving import Saver
 from cpr.reboot.trial import try_state
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cpr.app.world import Choices
+    from cpr.model import NextKernel
     from cpr.progress import Progress
     from cpr.reboot.goingon import WentOn
     from cpr.reboot.manifest import SavedGuest
@@ -43,6 +44,7 @@ class Saving:
         choices: Choices,
         progress: Progress,
         attend: Callable[[], None],
+        kexec: NextKernel,
     ) -> None:
         self.notes: dict[int, list[str]] = {}
         """By pid."""
@@ -51,11 +53,13 @@ class Saving:
         self._choices = choices
         self._progress = progress
         self._attend = attend
+        self._kexec = kexec
         self._savers: dict[int, Saver] = {}
 
     def prepare(self) -> None:
         """Copy the old QEMUs, connect, write down what is known. Nothing is touched."""
         copies: dict[tuple[int, int], str] = {}
+        run = os.path.basename(self._directory)
         for examined in self._guests:
             guest = examined.guest
             assert guest is not None
@@ -63,10 +67,17 @@ class Saving:
             if binary not in copies:
                 copies[binary] = store.pin(guest.process.pid, os.path.join(self._directory, f"old-{len(copies)}"))
             pid = guest.process.pid
+            lost = frozenset(block.id for block in copied(guest, self._kexec))
+            name = store.state_name(guest.name, pid)
+            path = os.path.join(self._directory, name)
+            if lost:
+                assert self._kexec.save_ram is not None
+                path = os.path.join(store.make_directory(self._kexec.save_ram.path), f"{run}-{name}")
             self._savers[pid] = Saver(
                 guest,
-                os.path.join(self._directory, f"{file_name(guest.name)}-{pid}.state"),
+                path,
                 target=examined.target,
+                lost=lost,
                 pinned=copies[binary],
                 attend=self._attend,
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cpr.app.runnable import runnable
 from cpr.app.world import World, real_world
 from cpr.errors import BinaryUnusable, CprError, MonitorError, PrivilegeError, UsageError
+from cpr.linux.fds import memory_file
 from cpr.linux.process import Process, open_process
 from cpr.names import file_name
 
@@ -116,16 +117,10 @@ def _directory() -> str:
 
 
 def _memfd(wanted: Memory) -> int:
-    flags = 0
-    if wanted.page:
-        flags = os.MFD_HUGETLB
-        flags |= (wanted.page.bit_length() - 1) << os.MFD_HUGE_SHIFT if wanted.page > 0 else 0
     try:
-        number = os.memfd_create(f"cpr-{wanted.id}", flags)
-        os.ftruncate(number, wanted.size)
+        return memory_file(f"cpr-{wanted.id}", wanted.size, page=wanted.page).steal()
     except OSError as error:
         raise NotStarted(f"no memory for {wanted.id} ({wanted.size} bytes): {error.strerror or error}") from None
-    return number
 
 
 def _spawn(program: str, argv: Sequence[str], keep: Iterable[int], log: str) -> int:

@@ -1,7 +1,8 @@
 """The pre-check: one function a question, facts in, findings out, no I/O. `docs/blockers.md` explains every id."""
 
 from cpr.checks import memory  # isort: skip - importing registers; this is the order in which findings are told
-from cpr.checks import migration, process, drift, binary, devices, inplace, host, reboot, afterboot  # isort: skip
+from cpr.checks import migration, process, drift, binary, devices, inplace, host  # isort: skip
+from cpr.checks import reboot, saveram, afterboot  # isort: skip
 from cpr.checks.registry import (
     REGISTRY,
     Check,
@@ -39,5 +40,6 @@ __all__ = [
     "reboot",
     "run_checks",
     "run_host_checks",
+    "saveram",
     "warning",
 ]

@@ -77,10 +77,9 @@ def _volatile(block: RamBlock) -> str:
 @check("ram-not-skipped", "RAM that the state stream would copy", ignorable=False, engines=SKIPPING_ENGINES)
 def ram_not_skipped(guest: Guest) -> Iterator[Finding]:
     """From QEMU 8.1 on only named files are left out of the stream; a copy would be written over live RAM."""
-    version = version_of(guest.binary.version)
-    if version is not None and version < NAMED_FILES_ONLY:
+    if not skips_named_files_only(guest.binary.version):
         return
-    which = f"QEMU {guest.binary.version}" if version else "a QEMU of unknown version"
+    which = f"QEMU {guest.binary.version}" if version_of(guest.binary.version) else "a QEMU of unknown version"
     for block in guest.ram:
         if not _volatile(block) and not block.named_file:
             yield blocker(
@@ -151,6 +150,12 @@ def writes_ram_at_start(
             f"the rehearsed start of the new QEMU wrote {size(count)} into this RAM, which the guest is using",
             "`cpr show` lists the command line; the option that loads something into RAM has to go",
         )
+
+
+def skips_named_files_only(version: str | None) -> bool:
+    """Whether a QEMU of this version leaves no other shared RAM out of a stream; one of unknown version may not."""
+    known = version_of(version)
+    return known is None or known >= NAMED_FILES_ONLY
 
 
 def _throws_away(target: Target | None) -> bool:

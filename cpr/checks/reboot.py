@@ -1,6 +1,7 @@
 """A new host kernel: what of a guest is still there after the jump, whether it can be made, and who is lost by it.
 
-RAM that is not kept is refused without exception: a guest loaded over what follows it is corrupted.
+RAM that is not kept is refused without exception, or copied (saveram.py): a guest loaded over what follows it is
+corrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ KEPT_HINT = (
     "give the guest persistent memory at its next start: -object memory-backend-file,share=on with mem-path on device "
     "DAX (/dev/dax0.0, with align=2M) or on a file system mounted with -o dax; a file on a disk is kept too, but slow"
 )
+COPY_HINT = (
+    "; or have its RAM copied to a disk and back with --save-ram DIR: DIR has to have room for {size}, and the guest "
+    "stands still for as long as writing and reading that takes"
+)
+MADE_ANEW = (Backing.ANONYMOUS, Backing.MEMFD, Backing.TMPFS, Backing.HUGETLB)
+"""RAM that any kernel has."""
 
 
 def kept(block: RamBlock, kexec: NextKernel) -> Persistence:
@@ -37,16 +44,38 @@ def kept(block: RamBlock, kexec: NextKernel) -> Persistence:
     return persistence(block.storage or Storage(kind=block.backing, path=block.path), kexec.command_line)
 
 
+def can_be_copied(block: RamBlock, kexec: NextKernel) -> bool:
+    """Whether a block that the jump takes can be had anew after it, to be filled from a file.
+
+    A private mapping needs what it maps, if only to begin with.
+    """
+    if kept(block, kexec).kept or block.backing is Backing.GUEST_MEMFD:
+        return False
+    if block.backing in MADE_ANEW:
+        return True
+    return not block.shared and block.storage is not None and persistence(block.storage, kexec.command_line).kept
+
+
+def copied(guest: Guest, kexec: NextKernel) -> tuple[RamBlock, ...]:
+    """Blocks for whose sake the guest's RAM is copied; none unless that was asked for (--save-ram)."""
+    return tuple(b for b in guest.ram if can_be_copied(b, kexec)) if kexec.save_ram is not None else ()
+
+
 @check("ram-volatile-over-kexec", "RAM that is gone after the jump", ignorable=False, modes=MODES)
 def ram_volatile_over_kexec(guest: Guest, kexec: NextKernel) -> Iterator[Finding]:
-    """Every RAM block lies on memory that the next kernel leaves alone, or on a disk."""
+    """Every RAM block lies on memory that the next kernel leaves alone, or on a disk, or is copied to one."""
+    saved = copied(guest, kexec)
+    whole = size(sum(block.size for block in guest.ram))
     for block in guest.ram:
         found = kept(block, kexec)
-        if not found.kept and not found.memmap:
-            where = f" at {block.path}" if block.path else ""
-            yield blocker(
-                block.id, f"{size(block.size)} of RAM ({block.backing}{where}) would be lost: {found.reason}", KEPT_HINT
-            )
+        if found.kept or found.memmap or block in saved:
+            continue
+        where = f" at {block.path}" if block.path else ""
+        yield blocker(
+            block.id,
+            f"{size(block.size)} of RAM ({block.backing}{where}) would be lost: {found.reason}",
+            KEPT_HINT + (COPY_HINT.format(size=whole) if can_be_copied(block, kexec) else ""),
+        )
 
 
 @check("memmap-missing", "Persistent memory that the next kernel would not leave alone", ignorable=False, modes=MODES)

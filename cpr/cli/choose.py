@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from cpr.errors import UsageError
@@ -18,6 +19,7 @@ def jump(
     append: str = "",
     reuse_cmdline: bool = False,
     abandon: list[str] | None = None,
+    save_ram: str = "",
     engine: str | None = None,
 ) -> Jump | None:
     """What is asked for of the next kernel; None without --kexec. Raises `UsageError` for what cannot be meant."""
@@ -30,6 +32,7 @@ def jump(
             "--append": append,
             "--reuse-cmdline": reuse_cmdline,
             "--abandon": abandon,
+            "--save-ram": save_ram,
         }
         for name, value in said.items():
             if value:
@@ -39,7 +42,14 @@ def jump(
         raise UsageError(f"--engine {engine}: engines restart a QEMU on this host; a jump (--kexec) needs none")
     if initrd and not kernel:
         raise UsageError("--initrd without --kernel", hint="name the kernel that it belongs to")
-    return Jump(kernel=kernel, initrd=initrd, append=append, reuse=reuse_cmdline, abandon=tuple(abandon or ()))
+    return Jump(
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        reuse=reuse_cmdline,
+        abandon=tuple(abandon or ()),
+        save_ram=os.path.abspath(save_ram) if save_ram else "",
+    )
 
 
 def choices(

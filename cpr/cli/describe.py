@@ -266,6 +266,8 @@ def departure_lines(it: Departure) -> list[str]:
 def _lies(guest: SavedGuest) -> str:
     """Where the two halves of a saved guest are."""
     state = f"its state is in {guest.state.path} ({size(guest.state.size)})" if guest.state else "it has no state"
+    if any(r.volatile for r in guest.ram):
+        return f"{state}, with all of its RAM"
     return f"{state}, its RAM in {some([r.path for r in guest.ram])}"
 
 
@@ -273,9 +275,13 @@ def saved_line(it: Saved) -> str:
     """`cpr save`."""
     guest = it.guest
     assert guest is not None
-    ram = some([r.path for r in guest.ram])
+    ram = [r.path for r in guest.ram if not r.volatile]
     state = size(guest.state.size) if guest.state else "?"
-    return f"{guest.label}: saved to {it.path} ({state}), its RAM stays in {ram}; cpr load {it.path} goes on"
+    if any(r.volatile for r in guest.ram):
+        where = f"with its RAM to {guest.state_path} ({state})"
+    else:
+        where = f"to {it.path} ({state}), its RAM stays in {some(ram)}"
+    return f"{guest.label}: saved {where}; cpr load {it.path} goes on"
 
 
 def run_row(record: Record) -> tuple[str, ...]:

@@ -168,7 +168,8 @@ def _lies(guest: SavedGuest) -> dict[str, Any]:
     return {
         "state": guest.state.path if guest.state else None,
         "state_bytes": guest.state.size if guest.state else None,
-        "ram": [{"id": r.id, "size": r.size, "path": r.path} for r in guest.ram],
+        "ram": [{"id": r.id, "size": r.size, "path": r.path or None, "volatile": r.volatile} for r in guest.ram],
+        "ram_copy": str(guest.ram_copy),
     }
 
 

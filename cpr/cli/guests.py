@@ -22,6 +22,7 @@ from cpr.cli.options import (
     QemuOption,
     Restart,
     ReuseCmdline,
+    SaveRam,
 )
 from cpr.cli.output import Output, say
 from cpr.errors import Exit, UsageError
@@ -69,6 +70,7 @@ def check_command(
     append: Append = "",
     reuse_cmdline: ReuseCmdline = False,
     abandon: Abandon = None,
+    save_ram: SaveRam = "",
     qemu: Qemu = "",
     qemu_option: QemuOption = None,
     engine: Engine = None,
@@ -89,6 +91,7 @@ def check_command(
         append=append,
         reuse_cmdline=reuse_cmdline,
         abandon=abandon,
+        save_ram=save_ram,
         engine=engine,
     )
     chosen = choices(qemu=qemu, qemu_option=qemu_option, engine=engine, ignore=ignore)

@@ -44,3 +44,12 @@ Abandon = Annotated[
     list[str] | None,
     typer.Option("--abandon", metavar="NAME", help="A guest that may be lost at the jump (repeatable)."),
 ]
+SaveRam = Annotated[
+    str,
+    typer.Option(
+        "--save-ram",
+        metavar="DIR",
+        help="Copy RAM that a kexec does not keep to a file in DIR, on a disk, and back: the guests stand still "
+        "meanwhile.",
+    ),
+]

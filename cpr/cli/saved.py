@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cpr.cli.choose import choices
-from cpr.cli.options import Guest, Guests, Ignore, Json, Qemu
+from cpr.cli.options import Guest, Guests, Ignore, Json, Qemu, SaveRam
 from cpr.cli.output import Output, finding_lines, say, tell
 from cpr.errors import Exit, Interrupted, UsageError
 
@@ -26,20 +27,36 @@ LoadQemu = Annotated[
 
 
 def save_command(
-    guest: Guest, file: File, *, mode: Mode, qemu: Qemu = "", ignore: Ignore = None, json: Json = False
+    guest: Guest,
+    file: File,
+    *,
+    mode: Mode,
+    qemu: Qemu = "",
+    save_ram: SaveRam = "",
+    ignore: Ignore = None,
+    json: Json = False,
 ) -> int:
-    """Save a guest to FILE and end it; its RAM stays where it is. `cpr load FILE` goes on."""
+    """Save a guest to FILE and end it; its RAM stays where it is, or goes to --save-ram. `cpr load FILE` goes on."""
     from cpr import app
     from cpr.cli import describe, documents
     from cpr.cli.update import signals
 
     if mode not in ("restart", "reboot"):
         raise UsageError(f"--mode {mode}: restart or reboot")
+    if save_ram and mode != "reboot":
+        raise UsageError("--save-ram is for --mode reboot", hint="for a restart of QEMU, RAM in a named file is enough")
     output, chosen = Output(json, "save"), choices(qemu=qemu, ignore=ignore)
     with signals() as stop:
         stop.working = True
         try:
-            saved = app.save(guest, file, app.SaveMode(mode), chosen, interrupted=stop.requested)
+            saved = app.save(
+                guest,
+                file,
+                app.SaveMode(mode),
+                chosen,
+                save_ram=os.path.abspath(save_ram) if save_ram else "",
+                interrupted=stop.requested,
+            )
         except Interrupted as error:
             return output.failed(error, stop.requested())
     if saved.guest is None:

@@ -27,6 +27,7 @@ from cpr.cli.options import (
     QemuOption,
     Restart,
     ReuseCmdline,
+    SaveRam,
 )
 from cpr.cli.output import Ended, Output, say, tell
 from cpr.errors import UNTOUCHED, Exit, Interrupted, UsageError
@@ -69,6 +70,7 @@ def update_command(
     append: Append = "",
     reuse_cmdline: ReuseCmdline = False,
     abandon: Abandon = None,
+    save_ram: SaveRam = "",
     qemu: Qemu = "",
     qemu_option: QemuOption = None,
     engine: Engine = None,
@@ -97,6 +99,7 @@ def update_command(
         append=append,
         reuse_cmdline=reuse_cmdline,
         abandon=abandon,
+        save_ram=save_ram,
         engine=engine,
     )
     if yes and not kexec and not guests and not all_guests:

@@ -52,7 +52,7 @@ class Settings:
         wanted = threads.of_guest(guest)
         return cls(
             capabilities=dict(guest.capabilities),
-            parameters={name: guest.parameters[name] for name in migration.STREAM if name in guest.parameters},
+            parameters={name: guest.parameters[name] for name in migration.PARAMETERS if name in guest.parameters},
             discarding=tuple(b.qom_path for b in guest.ram if b.discard_data),
             stats_polling=guest.stats_polling,
             threads={name: placed[tid] for name, tid in wanted.items() if tid in placed},

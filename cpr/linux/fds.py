@@ -184,6 +184,24 @@ def open_pidfd(pid: int) -> Fd:
     return Fd(os.pidfd_open(pid))
 
 
+def memory_file(name: str, size: int, *, page: int = 0) -> Fd:
+    """A memory file (memfd_create(2)) of `size` bytes, close-on-exec.
+
+    `page`: 0 for ordinary pages, the size of huge ones in bytes, -1 for the default huge ones. OSError.
+    """
+    flags = os.MFD_CLOEXEC
+    if page:
+        flags |= os.MFD_HUGETLB
+        flags |= (page.bit_length() - 1) << os.MFD_HUGE_SHIFT if page > 0 else 0
+    made = Fd(os.memfd_create(name, flags))
+    try:
+        os.ftruncate(made.number, size)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def closes_on_exec(pid: int, number: int) -> bool:
     """FD_CLOEXEC of a descriptor of another process. Raises FileNotFoundError, ProcessLookupError, PermissionError."""
     return bool(parse_fdinfo(procfile.read_text(pid, f"fdinfo/{number}")).flags & os.O_CLOEXEC)

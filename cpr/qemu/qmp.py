@@ -225,11 +225,19 @@ class Monitor:
 
     def send_fd(self, name: str, number: int) -> None:
         """Hand a descriptor to QEMU under a name (`getfd`); the caller keeps its own."""
+        self._pass(number)
+        self.execute("getfd", fdname=name)
+
+    def add_fd(self, opaque: str, number: int) -> int:
+        """Hand a descriptor to QEMU in a set of its own (`add-fd`), to be opened as /dev/fdset/N: that N."""
+        self._pass(number)
+        return int(self.execute("add-fd", opaque=opaque)["fdset-id"])
+
+    def _pass(self, number: int) -> None:
         try:
             _loop.run(self._scm(number), COMMAND_SECONDS)
         except (QMPError, OSError, TimeoutError) as error:
             raise MonitorError(self.address, f"could not pass a descriptor: {_words(error)}") from None
-        self.execute("getfd", fdname=name)
 
     async def _scm(self, number: int) -> None:
         self._client.send_fd_scm(number)

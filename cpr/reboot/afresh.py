@@ -3,13 +3,14 @@
     made = afresh(guest, target)              guest: facts.with_reboot_facts(survey(candidate)), before it is saved
     made.argv, made.environ                   start it so, in the guest's likeness (likeness.launch): it waits for state
     made.control_number                       ... with a connected socket of ours as this descriptor: a QMP monitor, the
-    made.control                              chardev of this label; no other descriptor but stdio is needed
+    made.control                              chardev of this label; no other descriptor but stdio and memory is needed
     made.missing                              (subject, why, hint) of what cannot be had again; argv does not start then
     made.directories                          of the sockets, pid and log files that QEMU makes: those on a tmpfs (/run)
                                               are gone after the boot. Note owner and mode before, make them again
     made.needs                                (kind, name) of what somebody else has to have made: "interface" tap0,
                                               "bridge" br0, "socket" /run/tpm.sock or @abstract, "address" HOST:PORT
     made.notes                                in words, for a person
+    made.memory                               new memory files that have to be given besides, where RAM is made anew
     with_ram_paths(argv, {"ram0": "/dev/dax1.0"})      names of DAX devices are counted anew at every boot
 
 It is edited from the old command line, as the successor of a restart is (`engines.successor`). RAM is what its
@@ -27,18 +28,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cpr.engines.successor import base_command, environment, without_control
-from cpr.model import Backing, NotHadAgain
+from cpr.model import NotHadAgain
 from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import CONTROL, GDB, MUX_BASE, gdb_device, host_port, parse_filename
 from cpr.qemu.given_taps import taps_as_given
-from cpr.qemu.memory import DESCRIPTOR_PATH
 from cpr.qemu.options import translate
+from cpr.reboot.afresh_ram import files_made, with_ram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from cpr.model import Chardev, Guest, Netdev, RamBlock, Target
+    from cpr.model import Chardev, Guest, Netdev, Target
     from cpr.qemu.cmdline.facts import Netdev as GivenNetdev
+    from cpr.reboot.afresh_ram import NewMemory
 
 CONTROL_NUMBER = 20
 """Descriptor number of the private monitor, above stdio and what a launcher holds for itself."""
@@ -46,8 +48,8 @@ CONTROL_NUMBER = 20
 DROPPED_OPTIONS = ("incoming", "loadvm", "daemonize", "pidfile", "mem-prealloc", "S", "dump-vmstate", "D")
 """-D: it would empty the log; QEMU logs to standard error instead, which is a file."""
 
-NAMED = (Backing.TMPFS, Backing.HUGETLB, Backing.DISK_FILE, Backing.FSDAX, Backing.DEVDAX)
-"""RAM that has a name by which it can be opened again."""
+FIRST_MEMORY = CONTROL_NUMBER + 1
+"""Descriptor number of the first new memory file, where RAM is made anew."""
 
 WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 (compared with, not bound to)
 VNC_BASE_PORT = 5900
@@ -70,6 +72,7 @@ class Afresh:
     directories: tuple[str, ...] = ()
     needs: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    memory: tuple[NewMemory, ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,20 +83,24 @@ class _Findings:
     needs: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     said: set[int] = field(default_factory=set)
+    memory: list[NewMemory] = field(default_factory=list)
 
 
-def afresh(guest: Guest, target: Target, *, mark: str = "") -> Afresh:
+def afresh(guest: Guest, target: Target, *, mark: str = "", anew: Collection[str] = ()) -> Afresh:
     """Build it. `mark`: value of `successor.MARK` in its environment, where it shall be found by that.
+
+    `anew`: ids of RAM blocks whose pages are gone, and that are filled from the state: QEMU makes them as its command
+    line says, or over memory files of ours (`Afresh.memory`) where it was given descriptors.
 
     Raises `CommandLineError` where argv cannot be understood (a check has said so before).
     """
-    line, found = _edited(guest)
+    line, found = _edited(guest, anew)
     line = cl.with_program(line, target.binary.path)
     if target.options is not None:
         translation = translate(line, target.options)
         line = translation.cmdline
         found.notes += translation.changes
-    directories = _directories(guest, line)
+    directories = _directories(guest, line, anew)
     line = line.appended(
         cl.Option("chardev", f"socket,id={CONTROL},fd={CONTROL_NUMBER}"),
         cl.Option("mon", f"chardev={CONTROL},mode=control"),
@@ -106,6 +113,7 @@ def afresh(guest: Guest, target: Target, *, mark: str = "") -> Afresh:
         directories=directories,
         needs=tuple(dict.fromkeys(found.needs)),
         notes=tuple(found.notes),
+        memory=tuple(found.memory),
     )
 
 
@@ -123,7 +131,7 @@ def with_ram_paths(argv: Sequence[str], paths: Mapping[str, str]) -> tuple[str, 
     return tuple(line.argv())
 
 
-def _edited(guest: Guest) -> tuple[cl.CommandLine, _Findings]:
+def _edited(guest: Guest, anew: Collection[str] = ()) -> tuple[cl.CommandLine, _Findings]:
     """The command line but for what is the new QEMU's, and what was found on the way."""
     found = _Findings()
     line = base_command(guest)
@@ -136,7 +144,10 @@ def _edited(guest: Guest) -> tuple[cl.CommandLine, _Findings]:
         line = cl.with_generation_id(line, guest.generation_id)
     if guest.pidfile:
         line = line.appended(cl.Option("pidfile", guest.pidfile))
-    line = _with_ram(line, guest, found)
+    line, ram = with_ram(line, guest, anew, FIRST_MEMORY)
+    found.missing += ram.missing
+    found.said |= ram.said
+    found.memory += ram.memory
     line = _with_sockets(line, guest, found)
     line = _with_network(line, guest, found)
     line = _with_vnc(line, guest, found)
@@ -145,39 +156,6 @@ def _edited(guest: Guest) -> tuple[cl.CommandLine, _Findings]:
         line = line.appended(cl.Option("gdb", gdb_device(stub.filename)))
     _note_numbers(line, found)
     return line, found
-
-
-# -- memory
-
-
-def _with_ram(line: cl.CommandLine, guest: Guest, found: _Findings) -> cl.CommandLine:
-    known = {b.id: b for b in guest.ram}
-    for backend in cl.memory_backends(line):
-        block = known.get(backend.id)
-        if block is None or not block.shared or not block.named_file:
-            continue  # its pages end with the process: there is nothing to open again
-        path = ram_path(block)
-        if path:
-            line = cl.with_memory_backend_file(line, block.id, path)
-            continue
-        found.said.add(backend.index)
-        found.missing.append(
-            NotHadAgain(
-                block.id,
-                f"this RAM ({block.backing}) has no name by which it could be opened again",
-                "give it a file of its own at its next start: -object memory-backend-file,share=on,mem-path=...",
-            )
-        )
-    return line
-
-
-def ram_path(block: RamBlock) -> str:
-    """Where a RAM block is opened again, as the guest's process names it; "" where it has no name."""
-    if block.storage is not None:
-        named = block.storage.kind in NAMED and block.storage.path.startswith("/")
-        return block.storage.path if named else ""
-    known = block.backing in NAMED and block.path.startswith("/") and not DESCRIPTOR_PATH.fullmatch(block.path)
-    return block.path if known else ""
 
 
 # -- sockets
@@ -361,9 +339,10 @@ def _note_numbers(line: cl.CommandLine, found: _Findings) -> None:
         )
 
 
-def _directories(guest: Guest, line: cl.CommandLine) -> tuple[str, ...]:
+def _directories(guest: Guest, line: cl.CommandLine, anew: Collection[str]) -> tuple[str, ...]:
     """Of everything that QEMU makes when it starts."""
     made = [option.value or "" for _, option in line.find("pidfile")]
+    made += files_made(guest, anew)
     for chardev in cl.chardevs(line):
         made += [path for path in (chardev.path, chardev.logfile) if path]
         if chardev.socket is not None and chardev.socket.server and not chardev.socket.abstract:

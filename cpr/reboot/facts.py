@@ -25,7 +25,9 @@ from cpr.qemu.answers import Answers, flag
 from cpr.qemu.chardevs import parse_filename
 from cpr.qemu.cmdline import CommandLineError, devices
 from cpr.qemu.qmp import path_in
-from cpr.reboot.afresh import NAMED, demands
+from cpr.reboot.afresh import demands
+from cpr.reboot.afresh_ram import NAMED
+from cpr.reboot.ramcopy import ram_directory
 from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
@@ -186,12 +188,14 @@ def next_kernel(
     state_directory: str,
     unsaved: Sequence[str] = (),
     restoring: bool | None = None,
+    save_ram: str = "",
+    timeout: float = 0.0,
     root: str = "/",
 ) -> NextKernel:
     """The named kernel, or the newest that is installed; its command line is the running one with `append` added.
 
     `reuse=False`: its command line is `append` alone. `restoring`: whether guests are restored by themselves; asked if
-    None.
+    None. `save_ram`, `timeout`: as of `ram_directory`; empty: none.
     """
     installed = kexec.installed_kernels(root=root)
     chosen = next((k for k in installed if not image or os.path.realpath(k.image) == os.path.realpath(image)), None)
@@ -215,4 +219,5 @@ def next_kernel(
         state_directory_volatile="" if kept.kept else kept.reason,
         restores_by_itself=restores_by_itself() if restoring is None else restoring,
         live_update=kexec.live_update(root=root),
+        save_ram=ram_directory(save_ram, line, timeout=timeout) if save_ram else None,
     )

@@ -5,13 +5,20 @@ Out of scope: RAM (stamp.py).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cpr.errors import CprError
 from cpr.linux.appendfile import sync_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHUNK = 1 << 20
 
 
 class FileError(CprError):
@@ -20,11 +27,13 @@ class FileError(CprError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateFile:
-    """What QEMU saved of a guest besides its RAM."""
+    """What QEMU saved of a guest: the state of its devices, and its RAM where that does not stay in place."""
 
     path: str
     size: int
     sha256: str
+    sparse: bool = False
+    """Its SHA-256 is that of the chunks that are not all zeroes: a file with holes is not read whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +49,8 @@ class Disk:
     block: bool = False
 
 
-def seal(path: str) -> StateFile:
-    """A state file that is complete: on disk with its name when this returns.
+def seal(path: str, *, sparse: bool = False, attend: Callable[[], None] = lambda: None) -> StateFile:
+    """A state file that is complete: on disk with its name when this returns. `attend` is called now and then.
 
     Raises:
         FileError: it cannot be read, is empty (QEMU leaves an empty one when a save fails), or cannot be synced.
@@ -49,7 +58,8 @@ def seal(path: str) -> StateFile:
     fd = _open(path)
     try:
         os.fsync(fd)
-        found = _sum(path, fd)
+        attend()
+        found = _sparse_sum(path, fd, attend) if sparse else _sum(path, fd)
         sync_directory(path)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from None
@@ -60,11 +70,15 @@ def seal(path: str) -> StateFile:
     return found
 
 
-def state_differences(state: StateFile) -> tuple[str, ...]:
-    """In what a state file is not the one that was sealed, in words. Raises FileError: it cannot be read."""
+def state_differences(state: StateFile, attend: Callable[[], None] = lambda: None) -> tuple[str, ...]:
+    """In what a state file is not the one that was sealed, in words; `attend` is called now and then.
+
+    Raises:
+        FileError: it cannot be read.
+    """
     fd = _open(state.path)
     try:
-        now = _sum(state.path, fd)
+        now = _sparse_sum(state.path, fd, attend) if state.sparse else _sum(state.path, fd)
     except OSError as error:
         raise FileError(f"{state.path}: {error.strerror}") from None
     finally:
@@ -91,6 +105,26 @@ def _sum(path: str, fd: int) -> StateFile:
     with open(fd, "rb", closefd=False) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return StateFile(path=path, size=file.tell(), sha256=digest)
+
+
+def _sparse_sum(path: str, fd: int, attend: Callable[[], None]) -> StateFile:
+    """Each chunk that is not all zeroes, behind its place: the same, whether zeroes are holes or written."""
+    digest, zeroes = hashlib.sha256(), bytes(CHUNK)
+    size, at = os.fstat(fd).st_size, 0
+    while at < size:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA) // CHUNK * CHUNK
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole comes
+                raise
+            break
+        chunk = os.pread(fd, CHUNK, at)
+        if chunk != zeroes[: len(chunk)]:
+            digest.update(at.to_bytes(8, "big"))
+            digest.update(chunk)
+        at += CHUNK
+        attend()
+    return StateFile(path=path, size=size, sha256=digest.hexdigest(), sparse=True)
 
 
 def disk(path: str) -> Disk:

@@ -98,6 +98,7 @@ def put_settings_back(monitor: Monitor, guest: Guest) -> None:
     migration.restore(monitor, dict(guest.capabilities), guest.parameters)
     restore_mode(monitor, guest)
     set_discard(monitor, [b.qom_path for b in guest.ram if b.discard_data], on=True)
+    migration.close_file(monitor)
 
 
 def restore_mode(monitor: Monitor, guest: Guest) -> None:

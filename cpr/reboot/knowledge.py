@@ -16,23 +16,34 @@ from cpr.engines.settings import Settings
 from cpr.errors import Blocked
 from cpr.linux import likeness, pci, proc
 from cpr.linux.process import RunFailed, run
-from cpr.model import Binary
+from cpr.model import Binary, Storage
 from cpr.qemu.cmdline import devices
 from cpr.reboot.afresh import afresh
+from cpr.reboot.afresh_ram import OF_KERNEL
 from cpr.reboot.claims import unit_of
 from cpr.reboot.facts import agent_socket
-from cpr.reboot.manifest import Directory, SavedGuest, SavedRam, VfioDevice, namespaces_of_its_own
+from cpr.reboot.manifest import Directory, RamCopy, SavedGuest, SavedRam, VfioDevice, namespaces_of_its_own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from cpr.model import Guest, RamBlock, Target
 
 ASK_SECONDS = 10.0
 
 
-def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") -> SavedGuest:
+def known_of(
+    guest: Guest,
+    *,
+    target: Target | None = None,
+    pinned: str = "",
+    lost: Collection[str] = (),
+    copy: RamCopy = RamCopy.NONE,
+    path: str = "",
+) -> SavedGuest:
     """All of it but the seals. `target`: the QEMU that is going to load it; `pinned`: the copy of the old one.
+
+    `lost`: ids of RAM blocks that are made anew; `copy`: how RAM is saved for their sake; `path`: of the state.
 
     Raises:
         Blocked: its RAM has no path by which it could be found again. ProcessLookupError, OSError.
@@ -49,12 +60,14 @@ def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") ->
         own_namespaces=namespaces_of_its_own(like, proc.namespaces(os.getpid())),
         machine=guest.machine,
         runstate=guest.runstate,
-        ram=tuple(_ram(guest, block) for block in guest.ram),
+        ram=tuple(_anew(block) if block.id in lost else _ram(guest, block) for block in guest.ram),
         state=None,
         disks=(),
         binary_before=guest.binary,
         pinned_binary=pinned,
         binary_after=after,
+        ram_copy=copy,
+        state_path=path,
         options=target.extra_options if target is not None else (),
         vfio=vfio,
         suspended=bool(vfio),
@@ -62,7 +75,7 @@ def known_of(guest: Guest, *, target: Target | None = None, pinned: str = "") ->
         agent=agent_socket(guest),
         unit=unit_of(guest.process),
         pidfile=guest.pidfile,
-        directories=directories(guest, target) if target is not None else (),
+        directories=directories(guest, target, lost) if target is not None else (),
         guest=replace(guest, not_had_again=()),
         settings=Settings.of(guest, likeness.thread_placement(pid), ()).json(),
         data_directories=data_directories(pid) if pinned else (),
@@ -87,9 +100,16 @@ def _ram(guest: Guest, block: RamBlock) -> SavedRam:
             if not same_file(here, there):
                 why = f"another file stands at {storage.path} now"
     if why or storage is None:
-        hint = "give it RAM in a named file with share=on at its next start"
+        hint = "give it RAM in a named file with share=on at its next start; or --mode reboot --save-ram DIR copies it"
         raise Blocked(f"{guest.label}: RAM {block.id} could not be found again: {why}", hint=hint)
     return SavedRam(id=block.id, size=block.size, path=storage.path, storage=storage, offset=block.offset)
+
+
+def _anew(block: RamBlock) -> SavedRam:
+    """Its path is that of a file of the kernel's RAM: where it may be in the way, or its directory has to be."""
+    storage = block.storage or Storage(kind=block.backing, path=block.path)
+    path = storage.path if storage.kind in OF_KERNEL else ""
+    return SavedRam(id=block.id, size=block.size, path=path, storage=storage, offset=block.offset, volatile=True)
 
 
 def same_file(one: os.stat_result, other: os.stat_result) -> bool:
@@ -99,10 +119,10 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def directories(guest: Guest, target: Target) -> tuple[Directory, ...]:
+def directories(guest: Guest, target: Target, lost: Collection[str] = ()) -> tuple[Directory, ...]:
     """Those in which QEMU makes something when it starts, as they are now; what is not there is left out."""
     found = []
-    for path in afresh(guest, target).directories:
+    for path in afresh(guest, target, anew=lost).directories:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             mode = stat.S_IMODE(status.st_mode)

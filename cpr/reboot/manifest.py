@@ -49,14 +49,29 @@ _SPECIAL: codec.Special = {Stamp: (stamp.to_json, stamp.from_json)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedRam:
-    """A RAM block that stays in place: what it lies on, and how to know it again. `offset` in bytes."""
+    """A RAM block: what it lies on, and how to know it again. `offset` in bytes."""
 
     id: str
     size: int
     path: str
+    """Empty: it has no name."""
     storage: Storage
     stamp: Stamp | None = None
     offset: int = 0
+    volatile: bool = False
+    """Its pages end with the kernel, or their process: it is made anew, and filled from the state. It has no stamp, so
+    that a release which does not know this field refuses the guest."""
+
+
+class RamCopy(StrEnum):
+    """Whether the state has the guest's RAM, and how."""
+
+    NONE = "none"
+    """It stays in place."""
+    STREAM = "stream"
+    """All of it, page by page, zeroes too: it fills any memory."""
+    MAPPED = "mapped-ram"
+    """All of it, at places of its own (QEMU 9.0), but for zeroes: into memory that nobody has written to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +168,9 @@ class SavedGuest:
     pinned_binary: str
     """A copy of the old QEMU that outlasts an upgrade of the package: the way back. Empty: there is none."""
     binary_after: Binary
+    ram_copy: RamCopy = RamCopy.NONE
+    state_path: str = ""
+    """Where the state is written, from before the first byte of it."""
     options: tuple[str, ...] = ()
     """--qemu-option, for the new QEMU."""
     vfio: tuple[VfioDevice, ...] = ()

@@ -8,6 +8,7 @@
     saver.quit()                  # or saver.undo()
 
 The state comes to us through a socket pair, and we write it: QEMU may run as a user who may not open the directory.
+Where the RAM is in it (ramcopy.py), QEMU itself may write the file, by a descriptor of ours.
 
 Out of scope: several guests (app/reboot.py), what is written down of them (manifest.py), loading (restoring.py).
 """
@@ -15,6 +16,7 @@ Out of scope: several guests (app/reboot.py), what is written down of them (mani
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -29,18 +31,19 @@ from cpr.model import Runstate
 from cpr.persistence import identity
 from cpr.qemu import migration, qmp
 from cpr.qemu.agent import Agent
-from cpr.reboot import stamp
+from cpr.reboot import ramcopy, stamp
 from cpr.reboot.files import disk, seal
 from cpr.reboot.goingon import go_on
 from cpr.reboot.knowledge import known_of
+from cpr.reboot.manifest import RamCopy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from cpr.model import Guest, Target
     from cpr.qemu.qmp import Monitor
     from cpr.reboot.goingon import WentOn
-    from cpr.reboot.manifest import SavedGuest
+    from cpr.reboot.manifest import SavedGuest, SavedRam
 
 SAVE_SECONDS = 60.0
 SUSPEND_SECONDS = 60.0
@@ -48,6 +51,7 @@ QUIT_SECONDS = 20.0
 SLICE = 0.1
 """Seconds between two looks at an interrupt and at the deadline."""
 CPR_REBOOT = "cpr-reboot"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Saver:
@@ -60,13 +64,17 @@ class Saver:
         *,
         target: Target | None = None,
         pinned: str = "",
+        lost: Collection[str] = (),
         attend: Callable[[], None] = lambda: None,
     ) -> None:
         """`path`: of the state, which must not be there yet. `attend` is called while waiting, and may raise.
 
-        `target`: the QEMU that is to load it; `pinned`: the copy of the old one.
+        `target`: the QEMU that is to load it; `pinned`: the copy of the old one. `lost`: ids of RAM blocks for whose
+        sake all of the RAM goes into the state.
         """
         self.guest = guest
+        self._lost = frozenset(lost)
+        self.copy = ramcopy.how(guest, target, self._lost)
         self.path = path
         self._target = target
         self._pinned = pinned
@@ -116,7 +124,9 @@ class Saver:
         status = str(self._monitor.execute("query-status")["status"])
         if status != guest.runstate:
             raise Blocked(f"{guest.label} was {guest.runstate} when it was examined and is {status} now", hint="again")
-        self._known = known_of(guest, target=self._target, pinned=self._pinned)
+        self._known = known_of(
+            guest, target=self._target, pinned=self._pinned, lost=self._lost, copy=self.copy, path=self.path
+        )
         return self._known
 
     def suspend(self, timeout: float = SUSPEND_SECONDS) -> None:
@@ -145,25 +155,38 @@ class Saver:
     def save(self, timeout: float = SAVE_SECONDS) -> None:
         """Stop the guest, and have QEMU send its state to the file. It stands still from here on.
 
+        `timeout`: for the state of its devices; for RAM there is more.
+
         Raises:
             StepFailed: QEMU could not, in its own words, or not within `timeout` seconds; it is to be undone.
-            CprError, OSError: a full disk among others; likewise.
+            CprError, OSError: likewise.
         """
         began = time.monotonic()
+        if self.copy is not RamCopy.NONE:
+            timeout += ramcopy.patience(self.guest)
         step = f"save {self.guest.label}"
         monitor, seen = self.monitor, self.monitor.event_count
         self._touched = True
         set_discard(monitor, [b.qom_path for b in self.guest.ram if b.discard_data], on=False)
-        migration.prepare(monitor, migration.ONE_WAY)
+        channels = ramcopy.CHANNELS if self.copy is RamCopy.MAPPED else 0
+        migration.prepare(monitor, ramcopy.CAPABILITIES[self.copy], channels=channels)
         if has_mode(monitor):
             monitor.execute("migrate-set-parameters", mode=CPR_REBOOT)
         elif self.guest.running:
             monitor.execute("stop")
         number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            with self._sending() as ours:
-                self._receive(ours, number, step, began + timeout, seen)
+            if self.copy is RamCopy.MAPPED:
+                monitor.execute("migrate", uri=migration.file_uri(monitor, number))
+                self._await(step, began + timeout, seen)
+            else:
+                with self._sending() as ours:
+                    self._receive(ours, number, step, began + timeout, seen)
             self._completed(step, began + timeout)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise StepFailed(step, f"{self.path}: {error.strerror}", hint=f"make room in {self._directory}") from None
         finally:
             os.close(number)
         stops = [e for e in monitor.events()[seen:] if e.name == "STOP"]
@@ -182,19 +205,28 @@ class Saver:
     def _receive(self, ours: socket.socket, number: int, step: str, end: float, seen: int) -> None:
         ours.settimeout(SLICE)
         while True:
+            self._attend()
+            if time.monotonic() > end:
+                raise StepFailed(step, "its state did not come to an end in time")
             try:
                 data = ours.recv(stream.CHUNK)
             except TimeoutError:
-                self._attend()
                 if migration.has_failed(self.monitor.events()[seen:]):
                     return
-                if time.monotonic() > end:
-                    raise StepFailed(step, "its state did not come to an end in time") from None
                 continue
             if not data:
                 return
             while data:
                 data = data[os.write(number, data) :]
+
+    def _await(self, step: str, end: float, seen: int) -> None:
+        """QEMU writes the file itself."""
+        while not any(e.name == "MIGRATION" and migration.ended(e) for e in self.monitor.events()[seen:]):
+            self._attend()
+            if time.monotonic() > end:
+                raise StepFailed(step, "its RAM and state were not written in time")
+            with contextlib.suppress(TimeoutError):
+                self.monitor.wait_event({"MIGRATION"}, migration.ended, timeout=SLICE, after=seen)
 
     def _completed(self, step: str, end: float) -> None:
         """QEMU has closed its end; whether it is content shows a moment later."""
@@ -204,7 +236,8 @@ class Saver:
                 raise StepFailed(step, f"its migration is still {status}")
             time.sleep(0.005)
         if status != "completed":
-            raise StepFailed(step, migration.failure(self.monitor) or f"the migration is {status}")
+            hint = f"see how much room there is in {self._directory}" if self.copy is not RamCopy.NONE else ""
+            raise StepFailed(step, migration.failure(self.monitor) or f"the migration is {status}", hint=hint)
 
     def seal(self) -> SavedGuest:
         """What makes the saved guest known again: nobody writes RAM and disks any more, and the state is on disk.
@@ -215,13 +248,14 @@ class Saver:
         guest = self.known
         self._known = replace(
             guest,
-            state=seal(self.path),
-            ram=tuple(
-                replace(r, stamp=stamp.take(r.path, r.size, identity(r.storage), offset=r.offset)) for r in guest.ram
-            ),
+            state=seal(self.path, sparse=self.copy is not RamCopy.NONE, attend=self._attend),
+            ram=tuple(r if r.volatile else self._stamped(r) for r in guest.ram),
             disks=tuple(disk(s.path) for s in self.guest.disks),
         )
         return self._known
+
+    def _stamped(self, ram: SavedRam) -> SavedRam:
+        return replace(ram, stamp=stamp.take(ram.path, ram.size, identity(ram.storage), offset=ram.offset))
 
     def undo(self) -> WentOn:
         """The guest goes on as it was, if anything was done to it at all; its state is void and removed.
@@ -254,6 +288,10 @@ class Saver:
         if self._process is not None:
             self._process.close()
         self._monitor = self._process = None
+
+    @property
+    def _directory(self) -> str:
+        return os.path.dirname(self.path)
 
     def _runstate(self) -> str:
         return str(self.monitor.execute("query-status")["status"])

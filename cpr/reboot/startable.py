@@ -18,42 +18,53 @@ from cpr.linux.fds import Fd
 from cpr.linux.process import Process, open_process
 from cpr.model import Runstate
 from cpr.qemu import qmp
+from cpr.reboot import ramcopy
+from cpr.reboot.manifest import RamCopy
 
 if TYPE_CHECKING:
     from cpr.reboot.manifest import SavedGuest
 
 MONITOR_SECONDS = 5.0
 
+
 def end_left_behind(saved: SavedGuest, mark: str) -> None:
     """QEMUs that an attempt before us has started, known by their mark, as far as they still wait for the state.
 
-    One that has got it may be the guest, by whatever copy of this manifest: it is left, and is in the way.
+    One that has got it may be the guest, by whatever copy of this manifest: it is left, and is in the way. Where the
+    RAM is in the state a QEMU that stands still is of no use to anybody, and what it has is its own: it is ended too.
 
     Raises:
-        StepFailed: one does not die.
+        StepFailed: one does not die; or nothing else would show that it is in the way.
     """
+    copied = saved.ram_copy is not RamCopy.NONE and saved.state is not None and os.path.exists(saved.state.path)
     for entry in proc.processes():
         with contextlib.suppress(OSError):
             if entry.zombie or dict(proc.read_environ(entry.pid)).get(MARK) != mark:
                 continue
             with open_process(entry.pid, entry.start_time) as process:
-                if not _waits_for_state(saved, process):
+                status = _runstate(saved, process)
+                if status != Runstate.INMIGRATE and not (copied and status == Runstate.PAUSED):
+                    if copied and process.alive():
+                        words = f"is {status or 'silent'}, and may be the guest"
+                        raise StepFailed("restore", f"pid {entry.pid}, left from an earlier attempt, {words}")
                     continue
                 process.kill()
                 if not process.wait_dead(15.0):
                     raise StepFailed("restore", f"pid {entry.pid}, left from an earlier attempt, does not die")
 
 
-def _waits_for_state(saved: SavedGuest, process: Process) -> bool:
-    """By its own monitor, which comes up some moments after its start."""
+def _runstate(saved: SavedGuest, process: Process) -> str:
+    """By its own monitor, which comes up some moments after its start, and says nothing while much RAM is read; "" if
+    it does not answer."""
     if saved.monitor is None:
-        return False
-    end = time.monotonic() + MONITOR_SECONDS
+        return ""
+    reading = ramcopy.patience(saved.guest) if saved.guest and saved.ram_copy is not RamCopy.NONE else 0.0
+    end = time.monotonic() + MONITOR_SECONDS + reading
     while process.alive() and time.monotonic() < end:
         with contextlib.suppress(CprError), qmp.connect(saved.monitor, process.pid) as monitor:
-            return bool(monitor.execute("query-status")["status"] == Runstate.INMIGRATE)
+            return str(monitor.execute("query-status")["status"])
         time.sleep(0.05)
-    return False
+    return ""
 
 
 def open_log(path: str) -> Fd:

@@ -5,7 +5,7 @@
      │    ├── current -> RUN             the run whose guests are saved now; gone when all are back
      │    └── RUN/
      │         ├── manifest.json         and manifest.json.lock while somebody works on it
-     │         ├── NAME.state
+     │         ├── NAME.state            in DIR of --save-ram where the RAM is in it
      │         └── old-N/qemu-system-... copies of the old QEMUs, each once
      └── saved/
           └── RUN@UNIT -> FILE.manifest  of a guest saved by hand, and the unit that it was in, if any
@@ -27,6 +27,7 @@ from cpr.linux import proc
 from cpr.linux.appendfile import sync_directory
 from cpr.linux.lock import LockHeld, file_holder, file_lock
 from cpr.linux.process import lives
+from cpr.names import file_name
 from cpr.reboot import manifest as manifests
 from cpr.reboot.manifest import Phase
 
@@ -69,6 +70,18 @@ def _made(base: str | None, *parts: str) -> str:
         path = os.path.join(path, part).rstrip("/")
         manifests.make_directory(path)
     return path
+
+
+def make_directory(path: str) -> str:
+    """Make a directory of ours alone, and those above it, if need be; its path. Errors as `make_run`."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    manifests.make_directory(path)
+    return path
+
+
+def state_name(guest: str, pid: int) -> str:
+    """What the state of a guest is called."""
+    return f"{file_name(guest)}-{pid}.state"
 
 
 def make_current(directory: str) -> None:
@@ -266,9 +279,10 @@ def forget(path: str) -> None:
 
 
 def _remove(guest: SavedGuest, kept: set[str]) -> None:
-    if guest.state is not None:
+    state = guest.state.path if guest.state is not None else guest.state_path  # one that was cut short, too
+    if state:
         with contextlib.suppress(OSError):
-            os.unlink(guest.state.path)
+            os.unlink(state)
     if guest.pinned_binary and guest.pinned_binary not in kept:
         with contextlib.suppress(OSError):
             os.unlink(guest.pinned_binary)

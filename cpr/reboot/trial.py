@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cpr.engines.dress import RehearseState
 from cpr.errors import Blocked, CprError, NewQemuDied, StepFailed
 from cpr.model import Plan
+from cpr.reboot import ramcopy
 from cpr.run import Bounds, Run
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def try_state(saver: Saver, target: Target) -> tuple[str, ...]:
         StateNotAccepted: it is refused. StepFailed, CprError: it could not be tried, and why.
     """
     guest = saver.guest
+    if copied := ramcopy.copied_by_a_trial(guest):
+        words = f"its RAM ({', '.join(copied)}) would be copied for that, twice"
+        return (f"whether {target.binary} takes its state was not tried: {words}",)
     run = Run(
         plan=Plan(guest=guest, target=target, engine="reboot", reason="", steps=(), findings=()),
         journal=cast("Journal", _NoJournal()),

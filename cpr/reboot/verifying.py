@@ -21,11 +21,12 @@ from cpr.linux.process import lives
 from cpr.model import Backing
 from cpr.persistence import identity
 from cpr.reboot import stamp
-from cpr.reboot.files import disk_differences, state_differences
+from cpr.reboot.files import FileError, disk_differences, state_differences
 from cpr.reboot.manifest import Mode, Result
+from cpr.survey_host import existing_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from cpr.reboot.manifest import Manifest, SavedGuest, SavedRam
 
@@ -43,8 +44,15 @@ class NotRestorable(CprError):
         self.reasons = reasons
 
 
-def verify(saved: SavedGuest, manifest: Manifest, more: Sequence[str] = (), *, hint: str = "") -> None:
-    """Raise NotRestorable with everything that speaks against loading it.
+def verify(
+    saved: SavedGuest,
+    manifest: Manifest,
+    attend: Callable[[], None] = lambda: None,
+    more: Sequence[str] = (),
+    *,
+    hint: str = "",
+) -> None:
+    """Raise NotRestorable with everything that speaks against loading it. `attend` is called now and then.
 
     `more`: what the caller has found, `hint`: the way out of that alone.
     """
@@ -58,7 +66,8 @@ def verify(saved: SavedGuest, manifest: Manifest, more: Sequence[str] = (), *, h
     if not rebooted and lives(saved.pid, saved.likeness.start_time):
         why = f"the QEMU that it was saved from (pid {saved.pid}) is still there"
         raise NotRestorable(saved.label, (why,), hint="cpr recover brings it to an end")
-    reasons = [*_state(saved), *(line for ram in saved.ram for line in _ram(ram)), *_disks(saved), *_vfio(saved)]
+    reasons = [*_state(saved, attend), *(line for ram in saved.ram for line in _ram(ram))]
+    reasons += [*_disks(saved), *_vfio(saved)]
     if saved.own_namespaces:
         reasons.append(f"it ran in namespaces of its own ({', '.join(saved.own_namespaces)}), which are gone")
     hint = KEEP if reasons else hint
@@ -95,17 +104,20 @@ def _result(saved: SavedGuest) -> str:
     }[saved.restore.result]
 
 
-def _state(saved: SavedGuest) -> tuple[str, ...]:
+def _state(saved: SavedGuest, attend: Callable[[], None]) -> tuple[str, ...]:
     if saved.state is None:
         return ("its state was not saved to the end",)
     try:
-        return state_differences(saved.state)
-    except CprError as error:
+        return state_differences(saved.state, attend)
+    except FileError as error:
         return (error.message,)
 
 
 def _ram(ram: SavedRam) -> Iterator[str]:
     """As it was: there, of the kind and size, in place, not in use, and with the content that was stamped."""
+    if ram.volatile:
+        yield from _room(ram)
+        return
     name = f"RAM {ram.id}"
     try:
         status = os.lstat(ram.path)
@@ -133,6 +145,19 @@ def _ram(ram: SavedRam) -> Iterator[str]:
             yield f"{name}: {line}"
     except (CprError, OSError) as error:
         yield f"{name}: {error}"
+
+
+def _room(ram: SavedRam) -> Iterator[str]:
+    """Of RAM that is made anew nothing is left to be compared; nobody else may have it, nor another kind be made."""
+    if not ram.path:
+        return
+    with contextlib.suppress(OSError):
+        if users := mapped_by(ram.path, os.stat(ram.path)):
+            yield f"RAM {ram.id}: {ram.path} is in use by pid {', '.join(map(str, users))}"
+    if ram.storage.kind is Backing.HUGETLB:
+        there = existing_directory(os.path.dirname(ram.path))
+        if dax.storage_of(there).kind is not Backing.HUGETLB:
+            yield f"RAM {ram.id}: no hugetlbfs is mounted at {there}, where it is to be made"
 
 
 def mapped_by(path: str, status: os.stat_result) -> list[int]:

@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from cpr.linux import syscalls as sc
-from cpr.linux.fds import Fd, FdSet, descriptor_table, open_pidfd, take_fd
+from cpr.linux.fds import Fd, FdSet, descriptor_table, memory_file, open_pidfd, take_fd
 from tests.kernel.support import can, child, eventually, python
 
 
@@ -141,3 +141,12 @@ def test_tun_interface() -> None:
         name, flags = sc.tun_interface(tun.number)
         assert name.startswith("cprtest")
         assert flags & sc.IFF_TAP
+
+
+def test_a_memory_file() -> None:
+    with memory_file("cpr-ram0", 3 << 20) as made:
+        assert os.fstat(made.number).st_size == 3 << 20
+        assert os.readlink(f"/proc/self/fd/{made.number}").startswith("/memfd:cpr-ram0")
+        assert not os.get_inheritable(made.number)
+    with pytest.raises(OSError):
+        memory_file("cpr-ram0", -1)

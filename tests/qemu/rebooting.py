@@ -6,7 +6,8 @@ Run by the tests as `python -m tests.qemu.rebooting WORDS...`, which calls the c
                                        the manifest this is another boot afterwards);
                                        $REFUSE names the one that raises
     next_kernel                        is the real one, with what this container lacks left out: a kernel in /boot, the
-                                       right to kexec, a unit that restores, the other guests of this host
+                                       right to kexec, a unit that restores, the other guests of this host; and, where
+                                       $ANY_ROOM is set, with all the room there can be in a --save-ram on whatever
     after a phase was written          it stands in $RECORD too; $KILL_AT names one at which we are killed
                                        (SIGKILL; "loaded": when a guest is; "jump": in it, which as a kexec -e does
                                        not return), $HOLD_AT one at which we wait for a file $RECORD.go
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from cpr.reboot.manifest import Manifest
 
 RECORD, REFUSE, PIDS = "CPR_TEST_RECORD", "CPR_TEST_REFUSE", "CPR_TEST_PIDS"
-KILL_AT, HOLD_AT = "CPR_TEST_KILL_AT", "CPR_TEST_HOLD_AT"
+KILL_AT, HOLD_AT, ANY_ROOM = "CPR_TEST_KILL_AT", "CPR_TEST_HOLD_AT", "CPR_TEST_ANY_ROOM"
 ANOTHER_BOOT = "another boot"
 
 
@@ -59,6 +60,8 @@ def the_world() -> worlds.World:
 
     def next_kernel(directory: str, **named: Any) -> NextKernel:
         found = real.next_kernel(directory, **named)
+        if found.save_ram is not None and os.environ.get(ANY_ROOM):
+            found = replace(found, save_ram=replace(found.save_ram, volatile="", free=1 << 50))
         return replace(
             found, image="/boot/vmlinuz-test", initrd="/boot/initrd-test", release="6.99-test", missing=(),
             obstacles=(), restores_by_itself=True, state_directory_volatile="",

@@ -8,7 +8,7 @@ import pytest
 
 from cpr import app
 from cpr.errors import Exit, NotFound, UsageError
-from cpr.model import Backing, Storage
+from cpr.model import Backing, RamDirectory, Storage
 from tests.unit import values
 from tests.unit.checks import facts
 from tests.unit.fake_world import FakeHost
@@ -31,6 +31,7 @@ def test_a_jump_asks_the_host_once_and_every_guest() -> None:
     assert host.rehearsed == ["disk", "plain"]
     assert host.kernels[-1] == {
         "state_directory": "/var/lib/cpr", "image": "", "initrd": "", "append": "", "reuse": True, "unsaved": (),
+        "save_ram": "", "timeout": 120.0,
     }  # fmt: skip
 
 
@@ -73,3 +74,24 @@ def test_the_next_command_line() -> None:
         asked = host.kernels[-1]
         assert (asked["image"], asked["initrd"], asked["append"]) == (jump.kernel, jump.initrd, jump.append)
         assert asked["reuse"] is reuse
+
+
+def test_ram_that_is_copied_is_counted_over_all_guests() -> None:
+    """The directory has room for each of them, and not for both; the guest whose RAM is kept writes nothing."""
+    copy = RamDirectory(path="/srv/ram", free=3 << 29, rate=1e9)
+    host = FakeHost(kernel=facts.next_kernel(save_ram=copy))
+    host.add("disk", ram=SAVABLE)
+    host.add("one", ram=VOLATILE, resident=1 << 28)
+    jump = app.Jump(save_ram="/srv/ram")
+    found = app.check_kexec([], app.Choices(timeout=60), jump, world=host.world())
+    assert (host.kernels[-1]["save_ram"], host.kernels[-1]["timeout"]) == ("/srv/ram", 60)
+    assert found.possible
+    assert [f.check for f in found.host] == ["save-ram-time"]
+    assert "256 MiB to 1 GiB of RAM are written" in found.host[0].message
+    assert [[f.check for f in e.findings] for e in found.guests] == [["ram-on-disk"], ["save-ram"]]
+    host.add("other", ram=VOLATILE)
+    found = app.check_kexec([], app.Choices(), jump, world=host.world())
+    assert not found.possible
+    assert [f.check for f in found.host] == ["save-ram-space", "save-ram-time"]
+    found = app.check_kexec([], app.Choices(ignore=("save-ram-space",)), jump, world=host.world())
+    assert found.possible

@@ -18,6 +18,7 @@ from cpr.model import (
     NextKernel,
     NotHadAgain,
     OpenFile,
+    RamDirectory,
     Severity,
     Storage,
     Supervisor,
@@ -433,6 +434,15 @@ NO_SET = NotHadAgain("-add-fd set 2", "fd=9 was passed in", "give the path")
 LIBVIRT, CONTAINER = Supervisor(kind="libvirt", who="libvirt"), Supervisor(kind="container", who="pod")
 SERVICE, SHELL = Supervisor(kind="systemd", who="web1.service"), Supervisor(kind="parent", who="bash (pid 7)")
 RAM_KINDS = (Backing.ANONYMOUS, Backing.MEMFD, Backing.TMPFS, Backing.HUGETLB, Backing.GUEST_MEMFD, Backing.UNKNOWN)
+COPY = RamDirectory(path="/srv/ram", free=100 * GIB, rate=1e9)
+
+
+def copying(**changes: Any) -> NextKernel:
+    """A jump for which RAM is copied."""
+    return next_kernel(save_ram=replace(COPY, **changes))
+
+
+COPYING = copying()
 
 KEXEC = [
     *(over("ram-volatile-over-kexec", str(kind), guest(ram=(ram(backing=kind),)), [(B, "ram0")]) for kind in RAM_KINDS),
@@ -475,6 +485,34 @@ KEXEC = [
     over("restore-not-enabled", "it is not", on_dax(), [(B, "cpr-restore.service")],
          next_kernel(restores_by_itself=False)),
     over("restore-not-enabled", "it is", on_dax()),
+    *(over("save-ram", str(kind), guest(ram=(ram(backing=kind),)), [(W, "ram0")], COPYING) for kind in RAM_KINDS[:4]),
+    over("save-ram", "a private mapping of a file that is kept",
+         guest(ram=(ram(shared=False, backing=Backing.DISK_FILE, storage=DISK),)), [(W, "ram0")], COPYING),
+    over("save-ram", "a private mapping of a file that is gone",
+         guest(ram=(ram(shared=False, backing=Backing.DISK_FILE, storage=replace(DISK, volatile="it is RAM")),)), [],
+         COPYING),
+    over("save-ram", "only blocks that are lost are named", guest(ram=(dax(id="a"), ram("b"))), [(W, "b")], COPYING),
+    over("save-ram", "huge pages", guest(ram=(ram(backing=Backing.HUGETLB, page_size=2 * MIB),)),
+         [(W, "ram0"), (N, "huge pages")], COPYING),
+    over("save-ram", "RAM that is kept", on_dax(), [], COPYING),
+    over("save-ram", "not asked for", guest()),
+    *(over("save-ram", f"{kind}, that nobody can make anew", guest(ram=(ram(backing=kind),)), [], COPYING)
+      for kind in RAM_KINDS[4:]),
+    *(over("ram-volatile-over-kexec", f"{kind}, and a directory for it", guest(ram=(ram(backing=kind),)),
+           [(B, "ram0")] if kind in RAM_KINDS[4:] else [], COPYING) for kind in RAM_KINDS),
+    over("memmap-missing", "no copy makes up for that", on_dax(), [(B, "ram0")],
+         next_kernel(command_line="ro quiet", save_ram=COPY)),
+    over("save-ram-directory", "on tmpfs", on_dax(), [(B, "/srv/ram")], copying(volatile="it is RAM")),
+    over("save-ram-directory", "of others", on_dax(), [(B, "/srv/ram")], copying(unusable="others may enter it")),
+    over("save-ram-directory", "all well", guest(), [], COPYING),
+    over("save-ram-directory", "none", guest()),
+    over("save-ram-space", "too little for one guest", guest(), [(B, "/srv/ram")], copying(free=GIB)),
+    over("save-ram-space", "enough", guest(), [], COPYING),
+    over("save-ram-space", "of RAM that is kept", on_dax(), [], copying(free=0)),
+    over("save-ram-time", "measured", guest(), [(W, "/srv/ram")], COPYING),
+    over("save-ram-time", "not measured", guest(), [(W, "/srv/ram")], copying(rate=None, unmeasured="no room")),
+    over("save-ram-time", "longer than allowed", guest(), [(B, "/srv/ram")], copying(rate=MIB * 1.0, timeout=120)),
+    over("save-ram-time", "of RAM that is kept", on_dax(), [], COPYING),
     over("live-update", "a memfd", guest(), [(N, "/dev/liveupdate")], next_kernel(live_update=True)),
     over("live-update", "no memfd", on_dax(), [], next_kernel(live_update=True)),
     over("vfio-no-agent", "no port", on_dax(devices=NVME), [(B, "nvme0")]),

@@ -15,7 +15,7 @@ import pytest
 from cpr.cli import main
 from cpr.cli.output import use_color
 from cpr.errors import BinaryUnusable, Exit, MonitorHeld, PrivilegeError
-from cpr.model import Backing, Storage
+from cpr.model import Backing, RamDirectory, Storage
 from tests.unit import values
 from tests.unit.fake_world import FakeHost
 
@@ -177,6 +177,7 @@ def test_the_document_of_a_jump(cpr: Cpr) -> None:
         ("--append", "ro"),
         ("--reuse-cmdline",),
         ("--abandon", "x"),
+        ("--save-ram", "/srv/ram"),
         ("--kexec", "--engine", "handover"),
         ("--kexec", "--initrd", "/i"),
         ("--kexec", "--ignore", "no-such-check"),
@@ -186,6 +187,20 @@ def test_what_cannot_be_meant_of_a_jump(cpr: Cpr, words: tuple[str, ...]) -> Non
     cpr.host.add("web1", ram=VOLATILE)
     assert cpr("check", *words) == Exit.USAGE
     assert cpr.err
+
+
+def test_a_jump_that_copies_ram(cpr: Cpr) -> None:
+    cpr.host.add("db", ram=VOLATILE)
+    assert cpr("check", "--kexec") == Exit.BLOCKED
+    assert "--save-ram DIR" in cpr.out
+    cpr.host.kernel = replace(cpr.host.kernel, save_ram=RamDirectory(path="/srv/ram", free=4 << 30, rate=1e9))
+    code, document = cpr.json("check", "--kexec", "--save-ram", "/srv/../srv/ram")
+    assert (code, [f["check"] for f in document["guests"][0]["findings"]]) == (0, ["save-ram"])
+    assert [f["check"] for f in document["findings"]] == ["save-ram-time"]
+    assert cpr.host.kernels[-1]["save_ram"] == "/srv/ram"
+    assert cpr("check", "--kexec", "--save-ram", "/srv/ram") == Exit.OK
+    assert "no guest runs meanwhile" in cpr.out
+    assert cpr("save", "db", "/srv/db", "--mode", "restart", "--save-ram", "/srv/ram") == Exit.USAGE
 
 
 def test_check_with_exit_code(cpr: Cpr) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cpr.model import Backing, Guest, RamBlock, Storage
-from cpr.reboot.afresh import Afresh, afresh, demands, ram_path, with_ram_paths
+from cpr.reboot.afresh import Afresh, afresh, demands, with_ram_paths
+from cpr.reboot.afresh_ram import NewMemory, ram_path
 from tests.unit import values
 from tests.unit.checks.facts import ARGV, DEVDAX, chardev, guest, netdev, target, vnc
 
@@ -97,6 +98,54 @@ def test_ram_without_a_name() -> None:
 def test_ram_at_another_place() -> None:
     moved = with_ram_paths(made().argv, {"ram0": "/dev/dax1.0"})
     assert " ".join(moved) == text(made()).replace("/dev/dax0.0", "/dev/dax1.0")
+
+
+def anew(block: RamBlock, *words: str, **changes: Any) -> Afresh:
+    return afresh(guest(*words, **{"ram": (block,), **changes}), target(), anew={"ram0"})
+
+
+def test_ram_that_is_made_anew_by_its_own_words() -> None:
+    """A file on tmpfs, a directory of huge pages, private and anonymous memory: nothing is put in their place."""
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("memory-backend-file,id=ram0,size=1G,mem-path=/dev/shm/a/ram,share=on", {"path": "/dev/shm/a/ram"}),
+        ("memory-backend-file,id=ram0,size=1G,mem-path=/dev/hugepages,share=on", {"path": "/dev/hugepages"}),
+        ("memory-backend-file,id=ram0,size=1G,mem-path=/vm/t,share=off", {"path": "/vm/t", "shared": False}),
+        ("memory-backend-memfd,id=ram0,size=1G,share=on", {"named_file": False, "path": ""}),
+        ("memory-backend-ram,id=ram0,size=1G", {"named_file": False, "path": "", "shared": False}),
+    )
+    for words, changes in cases:
+        it = anew(replace(values.ram(), **changes), argv=(*ARGV[:3], "-object", words))
+        assert f"-object {words} " in text(it)
+        assert (it.missing, it.memory) == ((), ())
+
+
+def test_ram_of_a_descriptor_is_made_anew_as_one() -> None:
+    """So it was started by `cpr run`, or an update has made it so: and so it can be updated again."""
+    memfd = replace(values.ram(), storage=Storage(kind=Backing.MEMFD, path="/memfd:ram"))
+    it = anew(memfd)
+    assert "-object memory-backend-file,id=ram0,size=1G,mem-path=/proc/self/fd/21,share=on " in text(it)
+    assert it.memory == (NewMemory(id="ram0", number=21, size=1 << 30),)
+    assert it.missing == ()
+    gone = Storage(kind=Backing.HUGETLB, path="/dev/hugepages/qemu_back_mem.ram0.x", volatile="it was deleted")
+    it = anew(replace(memfd, storage=gone, page_size=2 << 20))
+    assert it.memory == (NewMemory(id="ram0", number=21, size=1 << 30, page=2 << 20),)
+
+
+def test_ram_of_a_descriptor_that_has_a_name_gets_it_back_and_its_directory() -> None:
+    named = replace(values.ram(), storage=Storage(kind=Backing.TMPFS, path="/dev/shm/guests/ram"))
+    it = anew(named)
+    assert "mem-path=/dev/shm/guests/ram,share=on " in text(it)
+    assert it.directories == ("/dev/shm/guests",)
+    assert it.memory == ()
+
+
+def test_only_what_is_lost_is_made_anew() -> None:
+    second = "memory-backend-file,id=ram1,size=1G,mem-path=/proc/self/fd/22,share=on"
+    memfd = replace(values.ram("ram1"), path="/proc/self/fd/22", storage=Storage(kind=Backing.MEMFD, path="/memfd:x"))
+    it = afresh(guest("-object", second, ram=(dax_ram(), memfd)), target(), anew={"ram1"})
+    assert "id=ram0,size=1G,mem-path=/dev/dax0.0," in text(it)
+    assert [m.id for m in it.memory] == ["ram1"]
+    assert [m.subject for m in afresh(guest("-object", second, ram=(dax_ram(), memfd)), target()).missing] == ["ram1"]
 
 
 # -- sockets

@@ -78,3 +78,48 @@ def test_what_is_no_disk(tmp_path: Path) -> None:
     for path in (str(tmp_path), "/dev/null"):
         with pytest.raises(FileError, match="neither"):
             disk(path)
+
+
+MIB = 1 << 20
+
+
+def test_a_state_with_holes(tmp_path: Path) -> None:
+    """Where zeroes are holes and where they are written is the same; what is changed, or grows, is not."""
+    written, holes = tmp_path / "written", tmp_path / "holes"
+    data = {0: b"head", 5 * MIB - 2: b"over", 9 * MIB + 17: b"tail"}
+    written.write_bytes(bytes(12 * MIB + 5))
+    holes.touch()
+    for path in (written, holes):
+        with path.open("r+b") as file:
+            file.truncate(12 * MIB + 5)
+            for at, text in data.items():
+                file.seek(at)
+                file.write(text)
+    assert holes.stat().st_blocks < written.stat().st_blocks
+    looks: list[int] = []
+    first, second = (seal(str(path), sparse=True, attend=lambda: looks.append(1)) for path in (written, holes))
+    assert (first.sha256, first.size, first.sparse) == (second.sha256, second.size, True)
+    assert looks, "an interrupt is noticed meanwhile"
+    assert state_differences(second) == ()
+    with holes.open("r+b") as file:
+        file.seek(3 * MIB)
+        file.write(b"x")
+    assert "changed" in state_differences(second)[0]
+    with holes.open("r+b") as file:
+        file.seek(3 * MIB)
+        file.write(b"\0")
+    assert state_differences(second) == ()
+    os.truncate(holes, 13 * MIB)
+    assert f"{13 * MIB} now" in state_differences(second)[0]
+
+
+def test_a_chunk_at_another_place_is_another_state(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    sums = set()
+    for at in (0, MIB, 2 * MIB):
+        with path.open("wb") as file:
+            file.truncate(4 * MIB)
+            file.seek(at)
+            file.write(b"x" * MIB)
+        sums.add(seal(str(path), sparse=True).sha256)
+    assert len(sums) == 3

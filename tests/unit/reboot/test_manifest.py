@@ -265,3 +265,14 @@ def test_what_became_of_a_guest_is_noted_on_disk(directory: str) -> None:
     assert again.guests[1].restore.pid == 7, "what is not named stays"
     with pytest.raises(NotFound):
         m.noted(path, known, 1, result=Result.RESTORED)
+
+
+def test_ram_that_went_into_the_state(directory: str) -> None:
+    """It has no stamp: a release that does not know `volatile` refuses the guest for that."""
+    plain = guest()
+    volatile = replace(plain.ram[0], volatile=True, stamp=None, path="")
+    copied = replace(plain, ram=(volatile,), ram_copy=m.RamCopy.MAPPED, state_path="/srv/ram/x.state")
+    write(directory, manifest(copied))
+    assert read(directory).guests == (copied,)
+    body = json.loads(m.encode(manifest(plain)))["body"]["guests"][0]
+    assert (body["ram_copy"], body["ram"][0]["volatile"]) == ("none", False)

@@ -174,3 +174,27 @@ def test_guests_saved_by_hand(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     put_file("save-3", Restore())
     last = put_file("save-1", Restore())
     assert store.by_hand(base) == (("vm@web1.service", waits), ("", str(tmp_path / "save-3.manifest")), ("", last))
+
+
+def test_a_state_that_was_cut_short_is_removed_with_its_guest(base: str, tmp_path: Path) -> None:
+    """It was never sealed: where it lies was written down before its first byte, in a directory of --save-ram maybe."""
+    directory = store.make_run("r1", base)
+    cut, wanted = (tmp_path / name for name in ("cut", "wanted"))
+    for path in (cut, wanted):
+        path.write_text("state")
+    gone_on = replace(guest(), state=None, state_path=str(cut), restore=Restore(result=Result.CONTINUED))
+    waits = replace(guest(4343, "db1"), state=None, state_path=str(wanted))
+    written = manifests.write(directory, manifest(gone_on, waits))
+    store.clean(written, manifests.read(directory))
+    assert (cut.exists(), wanted.exists()) == (False, True)
+
+
+def test_a_directory_for_ram(tmp_path: Path) -> None:
+    path = str(tmp_path / "not" / "there" / "yet")
+    assert store.make_directory(path) == store.make_directory(path) == path
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+    os.chmod(path, 0o750)
+    with pytest.raises(ManifestError, match="ours alone"):
+        store.make_directory(path)
+    assert store.state_name("a/b", 7) == "a_b-7.state"
+    assert store.state_name("", 7) == "guest-7.state"

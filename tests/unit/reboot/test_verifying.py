@@ -141,3 +141,23 @@ def test_what_was_not_sealed(known: SavedGuest) -> None:
     assert "not saved to the end" in reason
     [reason] = reasons(replace(known, ram=(replace(known.ram[0], stamp=None),)))
     assert "not stamped" in reason
+
+
+def test_ram_that_is_made_anew_has_nothing_to_be_compared(known: SavedGuest, tmp_path: Path) -> None:
+    """But nobody else may have it, and huge pages are not made of others."""
+    gone = str(tmp_path / "gone")
+    storage = replace(known.ram[0].storage, kind=Backing.TMPFS, path=gone)
+    ram = SavedRam(id="ram0", size=SIZE, path="", storage=storage, volatile=True)
+    for anew in (ram, replace(ram, path=gone), replace(ram, path=known.ram[0].path)):
+        verify(replace(known, ram=(anew,)), of(known, booted=True))
+    script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    command = [sys.executable, "-c", script, known.ram[0].path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        [reason] = reasons(replace(known, ram=(replace(ram, path=known.ram[0].path),)))
+        assert f"in use by pid {child.pid}" in reason
+        child.communicate(b"\n")
+    huge = replace(ram, path=gone, storage=replace(storage, kind=Backing.HUGETLB))
+    [reason] = reasons(replace(known, ram=(huge,)))
+    assert f"no hugetlbfs is mounted at {tmp_path}" in reason
