@@ -47,6 +47,6 @@ def test_as_a_document() -> None:
     first, second = document["guests"]
     assert (first["name"], first["status"], first["pid_before"], second["name"]) == ("web1", "saved", 4242, "db1")
     assert (first["state"], first["state_bytes"]) == ("/var/lib/cpr/web1.state", 300_000)
-    assert first["ram"] == [{"id": "ram0", "size": 8192, "path": "/dev/dax0.0"}]
+    assert first["ram"] == [{"id": "ram0", "size": 8192, "path": "/dev/dax0.0", "volatile": False}]
     by_hand = documents.departure(departure(""))
     assert (by_hand["restored_by"], by_hand["next"]) == (None, "cpr restore")

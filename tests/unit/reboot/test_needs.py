@@ -174,13 +174,13 @@ def test_the_refusal_has_all_reasons_and_the_way_out() -> None:
     """Beside what verify finds itself, and not where the guest was restored already."""
     own = replace(saved.guest(1 << 30), own_namespaces=(), vfio=(), ram=(), disks=())
     with pytest.raises(NotRestorable) as caught:
-        verify(own, saved.manifest(own), ("tap0 is not there",), hint="make it")
+        verify(own, saved.manifest(own), more=("tap0 is not there",), hint="make it")
     assert caught.value.reasons[-1] == "tap0 is not there"
     assert len(caught.value.reasons) == 2, "its state is not there either"
     assert (caught.value.hint, caught.value.code) == (KEEP, Exit.BLOCKED)
     back = replace(own, restore=Restore(result=Result.RESTORED, pid=7))
     with pytest.raises(NotRestorable) as caught:
-        verify(back, saved.manifest(back), ("tap0 is not there",), hint="make it")
+        verify(back, saved.manifest(back), more=("tap0 is not there",), hint="make it")
     assert "tap0" not in caught.value.message
 
 
@@ -191,6 +191,6 @@ def test_only_what_is_missing(tmp_path: Path) -> None:
     )
     verify(own, saved.manifest(own))
     with pytest.raises(NotRestorable) as caught:
-        verify(own, saved.manifest(own), ("tap0 is not there",), hint="make it")
+        verify(own, saved.manifest(own), more=("tap0 is not there",), hint="make it")
     assert (caught.value.reasons, caught.value.hint) == (("tap0 is not there",), "make it")
     assert "not touched" in caught.value.where
