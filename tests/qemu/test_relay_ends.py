@@ -251,6 +251,7 @@ def test_a_qemu_that_hangs(lab: Lab, builds: Builds) -> None:
     """Nothing that we said to it is left when it goes on."""
     with held(lab, builds(NEWEST), Client) as (guest, client):
         guest.process.signal(signal.SIGSTOP)
+        until(lambda: proc.is_stopped(guest.process.pid))
         client.send({"execute": "query-name", "id": "before"})
         with pytest.raises(MonitorError, match="no answer"):
             guest.borrow(0.1)
