@@ -92,6 +92,7 @@ def test_monitors_are_those_that_listen(lab: Lab, builds: Callable[[str], QemuBu
             *("-qmp", f"telnet:127.0.0.1:{telnet},server=on,wait=off"),
             pass_fds=[inherited.fileno()],
         )
+    until(lambda: any(m.label == "compat_monitor0" for m in candidate(orphan).monitors))  # the inherited one was first
     found = candidate(orphan)
     assert {m.label: str(m) for m in found.monitors} == {
         "compat_monitor0": str(lab.directory / "guest.qmp"),
