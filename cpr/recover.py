@@ -34,7 +34,7 @@ from cpr.qemu import migration, qmp
 from cpr.run import resume_old
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 BY_US = (Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
 """Where only a migration leads: the journal has lost its end."""
@@ -187,13 +187,9 @@ def _back(record: Record) -> Outcome:
 
 def _in_place(record: Record) -> Outcome:
     """Old and new QEMU are one process; or there is another one: the old program, started again."""
-    back = record.facts.get("back")
+    back = record.facts.get("going back")
     fact = back or record.facts.get("exec", {})
-    pid, start_time = (int(back["pid"]), int(back["start_time"])) if back else (record.pid, record.start_time)
-    process = _alive(pid, start_time)
-    if process is None and (process := _going_back(record)) is not None:
-        back = fact = record.facts["going back"]
-        pid = process.pid
+    process = _started_again(record, back) if back else _old(record)
     if process is None:
         when = "after the commit" if record.committed else "before the commit"
         where = f"the guest's process has ended {when}"
@@ -209,24 +205,25 @@ def _in_place(record: Record) -> Outcome:
         with recover_in_place.session(record, process) as monitor:
             runstate, lost = recover_in_place.arrive(record, process, monitor, fact)
             lost += recover_in_place.put_in_order(record, process, monitor, fact)
-            outcome = _arrived(record, monitor, runstate, lost, pid)
+            outcome = _arrived(record, monitor, runstate, lost, process.pid)
         outcome = _differing(outcome, recover_in_place.mend_monitors(record, process))
     except (CprError, OSError) as error:
         which = "the old QEMU, started again" if back else "the new QEMU"
-        where = f"it is in {which} (pid {pid}), which could not be told to go on"
-        raise _TryAgain(record, where, pid, str(error)) from None
+        where = f"it is in {which} (pid {process.pid}), which could not be told to go on"
+        raise _TryAgain(record, where, process.pid, str(error)) from None
     if back:
         code = Exit.ROLLED_BACK
         return replace(outcome, status=Status.ROLLED_BACK, exit_code=int(code), where=errors.AS_BEFORE)
     return outcome
 
 
-def _going_back(record: Record) -> Process | None:
-    """The old program, started again by a keeper that died before it knew its pid: it has the state."""
-    fact = record.facts.get("going back")
-    if fact is None:
-        return None
-    number, inode = fact["state"]
+def _started_again(record: Record, back: Mapping[str, Any]) -> Process | None:
+    """The old program in its new process; by its mark and the state that it has where the keeper died before it knew
+    the pid."""
+    known = record.facts.get("back")
+    if known is not None and (process := _alive(int(known["pid"]), int(known["start_time"]))) is not None:
+        return process
+    number, inode = back["state"]
     for process in _by_mark(record):
         with contextlib.suppress(OSError):
             if os.stat(f"/proc/{process.pid}/fd/{number}").st_ino == inode:

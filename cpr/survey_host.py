@@ -7,8 +7,9 @@ import re
 import resource
 
 from cpr.journal import run_directory
-from cpr.linux import capabilities, madvise, proc
+from cpr.linux import capabilities, dax, madvise, proc
 from cpr.model import Host
+from cpr.persistence import persistence
 
 
 def survey_host() -> Host:
@@ -36,6 +37,15 @@ def existing_directory(path: str) -> str:
     while not os.path.isdir(path):
         path = os.path.dirname(path) or "/"
     return path
+
+
+def lasting_room(path: str, command_line: str) -> tuple[int, str]:
+    """Bytes that are free at `path`, which need not exist yet, and why the next kernel loses what is written there, in
+    words; "" if it does not. `command_line`: that kernel's. OSError."""
+    there = existing_directory(path)
+    room = os.statvfs(there)
+    kept = persistence(dax.storage_of(there), command_line)
+    return room.f_bavail * room.f_frsize, "" if kept.kept else kept.reason
 
 
 def _memory_available() -> int:

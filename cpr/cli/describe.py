@@ -275,12 +275,11 @@ def saved_line(it: Saved) -> str:
     """`cpr save`."""
     guest = it.guest
     assert guest is not None
-    ram = [r.path for r in guest.ram if not r.volatile]
     state = size(guest.state.size) if guest.state else "?"
     if any(r.volatile for r in guest.ram):
         where = f"with its RAM to {guest.state_path} ({state})"
     else:
-        where = f"to {it.path} ({state}), its RAM stays in {some(ram)}"
+        where = f"to {it.path} ({state}), its RAM stays in {some([r.path for r in guest.ram])}"
     return f"{guest.label}: saved {where}; cpr load {it.path} goes on"
 
 

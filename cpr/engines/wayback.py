@@ -106,7 +106,7 @@ def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Proc
     process, control = _launch(run, guest, back, kept, given)
     try:
         run.new = process
-        run.journal.fact("back", pid=process.pid, start_time=process.start_time, **placed.facts())
+        run.journal.fact("back", pid=process.pid, start_time=process.start_time)
         if run.new_monitor is not None:
             run.new_monitor.close()
         os.lseek(kept.state.number, 0, os.SEEK_SET)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.linux import cgroup, launcher, proc, procfile
 from cpr.linux.fds import Fd, open_pidfd
+from cpr.linux.ours import PACKAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -277,14 +278,13 @@ def _spawn(held: contextlib.ExitStack, marks: Mapping[str, str]) -> tuple[socket
     here, there = socket.socketpair()
     held.enter_context(here)
     said = held.enter_context(Fd(os.memfd_create("cpr-launcher", os.MFD_CLOEXEC)))
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environ = {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "PYTHONHOME") if k in os.environ}
     with there, _above(there.fileno()) as far, _above(said.number) as errors:
         try:
             pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-S", "-s", "-P", "-c", _PROGRAM],
-                {**environ, **marks, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"},
+                {**environ, **marks, "PYTHONPATH": PACKAGE, "PYTHONDONTWRITEBYTECODE": "1"},
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The directory that this package is imported from."""
 OOM_SCORE = "-1000"
 """The kernel ends others first; only root may say so."""
 HANG_UPS = (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
@@ -22,8 +24,7 @@ HANG_UPS = (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
 
 def environment(**more: str) -> dict[str, str]:
     """Ours, with which a Python finds this package wherever it was imported from."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, **more}
 
 

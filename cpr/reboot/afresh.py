@@ -33,7 +33,7 @@ from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import CONTROL, GDB, MUX_BASE, gdb_device, host_port, parse_filename
 from cpr.qemu.given_taps import taps_as_given
 from cpr.qemu.options import translate
-from cpr.reboot.afresh_ram import files_made, with_ram
+from cpr.reboot.afresh_ram import RamFindings, files_made, with_ram
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -76,14 +76,11 @@ class Afresh:
 
 
 @dataclass(slots=True)
-class _Findings:
-    """What comes to light while the command line is edited; `said`: options whose descriptors were spoken of."""
+class _Findings(RamFindings):
+    """All that comes to light while the command line is edited."""
 
-    missing: list[NotHadAgain] = field(default_factory=list)
     needs: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    said: set[int] = field(default_factory=set)
-    memory: list[NewMemory] = field(default_factory=list)
 
 
 def afresh(guest: Guest, target: Target, *, mark: str = "", anew: Collection[str] = ()) -> Afresh:
@@ -144,10 +141,7 @@ def _edited(guest: Guest, anew: Collection[str] = ()) -> tuple[cl.CommandLine, _
         line = cl.with_generation_id(line, guest.generation_id)
     if guest.pidfile:
         line = line.appended(cl.Option("pidfile", guest.pidfile))
-    line, ram = with_ram(line, guest, anew, FIRST_MEMORY)
-    found.missing += ram.missing
-    found.said |= ram.said
-    found.memory += ram.memory
+    line = with_ram(line, guest, anew, FIRST_MEMORY, found)
     line = _with_sockets(line, guest, found)
     line = _with_network(line, guest, found)
     line = _with_vnc(line, guest, found)

@@ -47,10 +47,9 @@ class RamFindings:
 
 
 def with_ram(
-    line: cl.CommandLine, guest: Guest, anew: Collection[str], first: int
-) -> tuple[cl.CommandLine, RamFindings]:
+    line: cl.CommandLine, guest: Guest, anew: Collection[str], first: int, found: RamFindings
+) -> cl.CommandLine:
     """`anew`: ids of blocks that are made anew; `first`: descriptor number of the first memory file for them."""
-    found = RamFindings()
     known = {b.id: b for b in guest.ram}
     for backend in cl.memory_backends(line):
         block = known.get(backend.id)
@@ -77,7 +76,7 @@ def with_ram(
                 "give it a file of its own at its next start: -object memory-backend-file,share=on,mem-path=...",
             )
         )
-    return line, found
+    return line
 
 
 def is_memory_file(block: RamBlock) -> bool:

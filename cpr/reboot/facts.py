@@ -18,7 +18,6 @@ from cpr.errors import CprError
 from cpr.linux import dax, kexec, proc, tun
 from cpr.linux.process import RunFailed, run
 from cpr.model import Backing, GuestAgent, NextKernel
-from cpr.persistence import persistence
 from cpr.qemu import qmp, sockets
 from cpr.qemu.agent import Agent
 from cpr.qemu.answers import Answers, flag
@@ -28,7 +27,7 @@ from cpr.qemu.qmp import path_in
 from cpr.reboot.afresh import demands
 from cpr.reboot.afresh_ram import NAMED
 from cpr.reboot.ramcopy import ram_directory
-from cpr.survey_host import existing_directory
+from cpr.survey_host import lasting_room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -203,9 +202,7 @@ def next_kernel(
         chosen = kexec.Kernel(release=kexec.image_release(image), image=image)
     line = kexec.next_command_line(kexec.running_command_line(root=root) if reuse else "", append)
     named = initrd or (chosen.initrd if chosen else "")
-    there = existing_directory(state_directory)
-    room = os.statvfs(there)
-    kept = persistence(dax.storage_of(there), line)
+    free, volatile = lasting_room(state_directory, line)
     return NextKernel(
         image=chosen.image if chosen else "",
         initrd=named,
@@ -215,8 +212,8 @@ def next_kernel(
         obstacles=kexec.obstacles(root=root),
         unsaved=tuple(unsaved),
         state_directory=state_directory,
-        state_directory_free=room.f_bavail * room.f_frsize,
-        state_directory_volatile="" if kept.kept else kept.reason,
+        state_directory_free=free,
+        state_directory_volatile=volatile,
         restores_by_itself=restores_by_itself() if restoring is None else restoring,
         live_update=kexec.live_update(root=root),
         save_ram=ram_directory(save_ram, line, timeout=timeout) if save_ram else None,

@@ -10,21 +10,20 @@ import stat
 from typing import TYPE_CHECKING
 
 from cpr.checks.memory import skips_named_files_only
-from cpr.linux import dax
 from cpr.linux.writerate import write_rate
 from cpr.model import RamDirectory
-from cpr.persistence import persistence
 from cpr.qemu import migration
 from cpr.qemu.memory import DESCRIPTOR_PATH
 from cpr.qemu.qmp import path_in
 from cpr.reboot.afresh_ram import is_memory_file
 from cpr.reboot.manifest import RamCopy
-from cpr.survey_host import existing_directory
+from cpr.survey_host import existing_directory, lasting_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from cpr.model import Guest, RamBlock, Target
+    from cpr.qemu.qmp import Monitor
 
 CHANNELS = min(8, os.cpu_count() or 1)
 """Threads that write and read a file of mapped RAM."""
@@ -41,20 +40,23 @@ CAPABILITIES: Mapping[RamCopy, tuple[str, ...]] = {
 """On both sides. With x-ignore-shared any shared block would be left out (up to 8.0), or any shared file."""
 
 
+def prepare(monitor: Monitor, copy: RamCopy) -> None:
+    """Set a QEMU up to save a guest, or to load one, with its RAM in this form."""
+    migration.prepare(monitor, CAPABILITIES[copy], channels=CHANNELS if copy is RamCopy.MAPPED else 0)
+
+
 def ram_directory(path: str, command_line: str, *, timeout: float = 0.0) -> RamDirectory:
     """What is known of the directory of --save-ram, which need not be there yet; nothing is left there.
 
     `command_line`: of the next kernel. `timeout`: seconds after which a save is undone, 0 for never. OSError.
     """
     there = existing_directory(path)
-    room = os.statvfs(there)
-    kept = persistence(dax.storage_of(there), command_line)
+    free, volatile = lasting_room(there, command_line)
     unusable = _unusable(path)
-    free = room.f_bavail * room.f_frsize
     rate, why = None, ""
     if free < ROOM_TO_MEASURE:
         why = f"{there} has too little room for a measurement"
-    elif kept.kept and not unusable:
+    elif not volatile and not unusable:
         try:
             rate = write_rate(there)
         except OSError as error:
@@ -62,7 +64,7 @@ def ram_directory(path: str, command_line: str, *, timeout: float = 0.0) -> RamD
     return RamDirectory(
         path=path,
         free=free,
-        volatile="" if kept.kept else kept.reason,
+        volatile=volatile,
         unusable=unusable,
         rate=rate,
         unmeasured=why,

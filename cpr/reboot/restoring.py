@@ -291,10 +291,9 @@ class _Starting:
         step = "load the state"
         assert self.saved.state is not None
         copy = self.saved.ram_copy
-        names = ramcopy.CAPABILITIES[copy]
-        if lacking := migration.lacking(monitor, names):
+        if lacking := migration.lacking(monitor, ramcopy.CAPABILITIES[copy]):
             raise StepFailed(step, f"it was saved with {', '.join(lacking)}, which this QEMU does not have")
-        migration.prepare(monitor, names, channels=ramcopy.CHANNELS if copy is RamCopy.MAPPED else 0)
+        ramcopy.prepare(monitor, copy)
         if has_mode(monitor):
             monitor.execute("migrate-set-parameters", mode=CPR_REBOOT)
         seen = monitor.event_count

@@ -161,15 +161,14 @@ class Saver:
             StepFailed: QEMU could not, in its own words, or not within `timeout` seconds; it is to be undone.
             CprError, OSError: likewise.
         """
-        began = time.monotonic()
+        end = time.monotonic() + timeout
         if self.copy is not RamCopy.NONE:
-            timeout += ramcopy.patience(self.guest)
+            end += ramcopy.patience(self.guest)
         step = f"save {self.guest.label}"
         monitor, seen = self.monitor, self.monitor.event_count
         self._touched = True
         set_discard(monitor, [b.qom_path for b in self.guest.ram if b.discard_data], on=False)
-        channels = ramcopy.CHANNELS if self.copy is RamCopy.MAPPED else 0
-        migration.prepare(monitor, ramcopy.CAPABILITIES[self.copy], channels=channels)
+        ramcopy.prepare(monitor, self.copy)
         if has_mode(monitor):
             monitor.execute("migrate-set-parameters", mode=CPR_REBOOT)
         elif self.guest.running:
@@ -178,11 +177,11 @@ class Saver:
         try:
             if self.copy is RamCopy.MAPPED:
                 monitor.execute("migrate", uri=migration.file_uri(monitor, number))
-                self._await(step, began + timeout, seen)
+                self._await(step, end, seen)
             else:
                 with self._sending() as ours:
-                    self._receive(ours, number, step, began + timeout, seen)
-            self._completed(step, began + timeout)
+                    self._receive(ours, number, step, end, seen)
+            self._completed(step, end)
         except OSError as error:
             if error.errno not in FULL:
                 raise

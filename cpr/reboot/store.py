@@ -64,11 +64,9 @@ def make_run(run: str, base: str | None = None) -> str:
 
 def _made(base: str | None, *parts: str) -> str:
     """A directory below the state directory, all of it ours alone."""
-    path = base or state_directory()
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for part in ("", *parts):
-        path = os.path.join(path, part).rstrip("/")
-        manifests.make_directory(path)
+    path = make_directory((base or state_directory()).rstrip("/"))
+    for part in parts:
+        path = make_directory(os.path.join(path, part))
     return path
 
 
