@@ -1,7 +1,7 @@
-"""The way of the device state from the old QEMU to the new one, directly or by a memory file of ours.
+"""The way of the device state from the old QEMU to the new one, through us (crossing.py) or by a memory file of ours.
 
-A socket pair, one end given to each by descriptor. A guest whose only QMP socket is TCP takes no descriptors: it
-connects to a port of ours on the loopback, and what it has connected is given to the new QEMU.
+A socket pair for each, one end given to it by descriptor. A guest whose only QMP socket is TCP takes no descriptors: it
+connects to a port of ours on the loopback.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from cpr.engines.crossing import Crossing, narrow
+from cpr.engines.doors import stop_accepting
 from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
-from cpr.linux import proc
+from cpr.linux import fds, proc
 from cpr.model import Runstate
 from cpr.qemu import clients, migration
 from cpr.qemu.first_words import Command
@@ -22,6 +24,7 @@ from cpr.run import resume_old
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cpr.linux.process import Process
     from cpr.model import Guest
     from cpr.qemu.qmp import Monitor
     from cpr.run import Run
@@ -50,29 +53,47 @@ def our_end(monitor: Monitor, command: str) -> socket.socket:
 def prepare(run: Run, guest: Guest) -> None:
     """Everything that can be done before the state is sent."""
     assert guest.monitor is not None
+    run.extra["sink"] = sink = our_end(run.successor, "migrate-incoming")
+    run.closing.callback(sink.close)
     if not guest.monitor.path:
         listener = socket.create_server(("127.0.0.1", 0))
         run.closing.callback(listener.close)
         run.extra["stream"] = listener
         return
-    here, there = socket.socketpair()
-    with here, there:
-        run.monitor.send_fd(NAME, here.fileno())
-        run.successor.send_fd(NAME, there.fileno())
-    run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
+    theirs, ours = socket.socketpair()
+    run.closing.callback(ours.close)
+    run.extra["source"] = ours
+    with theirs:
+        narrow(theirs)
+        run.monitor.send_fd(NAME, theirs.fileno())
 
 
 def begin(run: Run) -> None:
-    """Have the old QEMU send its state, and the new one take it."""
+    """Have the old QEMU send its state, and the new one take it; the old one is stopped where it is complete."""
     listener: socket.socket | None = run.extra.get("stream")
+    old = run.old
+    assert old is not None
     if listener is None:
+        _cross(run, old, run.extra.pop("source"))
         run.monitor.execute("migrate", uri=f"fd:{NAME}")
         return
     run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-    assert run.old is not None
-    with connection_of(run.old.pid, listener) as connection:
-        run.successor.send_fd(NAME, connection.fileno())
-    run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
+    connection = connection_of(old.pid, listener)
+    if (number := _number_of(old.pid, connection)) is not None:
+        with fds.take_fd(old.pidfd, number) as fd, clients.socket_of(fd) as sender:
+            narrow(sender)
+    _cross(run, old, connection)
+
+
+def _cross(run: Run, old: Process, source: socket.socket) -> None:
+    run.extra["crossing"] = crossing = Crossing(source, run.extra.pop("sink"), lambda: stop_accepting(old))
+    run.closing.callback(crossing.close)
+
+
+def complete(run: Run) -> bool:
+    """Whether the old QEMU has saved its state, and was stopped: it answers nothing any more."""
+    crossing: Crossing | None = run.extra.get("crossing")
+    return crossing is not None and crossing.complete
 
 
 def connection_of(pid: int, listener: socket.socket) -> socket.socket:
@@ -81,12 +102,23 @@ def connection_of(pid: int, listener: socket.socket) -> socket.socket:
     while (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
         with contextlib.suppress(TimeoutError):
-            connection, peer = listener.accept()
-            theirs = clients.socket_numbers(pid)
-            if any(tcp.local == peer and tcp.inode in theirs for tcp in proc.read_net_tcp(pid)):
+            connection, _ = listener.accept()
+            if _number_of(pid, connection) is not None:
                 return connection
             connection.close()
     raise StepFailed("move the device state", f"the old QEMU did not connect within {ACCEPT_SECONDS:g} s")
+
+
+def _number_of(pid: int, connection: socket.socket) -> int | None:
+    """Under which number a process has the other end of a TCP connection, if it has."""
+    theirs, peer = clients.socket_numbers(pid), connection.getpeername()
+    return next((theirs[t.inode] for t in proc.read_net_tcp(pid) if t.local == peer and t.inode in theirs), None)
+
+
+def hang_up(run: Run) -> None:
+    """Both of them lose the other; what was not sent is not sent any more. Safe to repeat."""
+    if (crossing := run.extra.get("crossing")) is not None:
+        crossing.close()
 
 
 def undo(run: Run) -> None:

@@ -135,8 +135,10 @@ class MoveState(Step):
 
     Only a guest with several queues on a tap is stopped first (taps.py).
 
-    Once the new QEMU has all of it, the old one is stopped (SIGSTOP): it accepts no client any more, does no command of
-    another monitor's client, and cannot run the guest, whatever it makes of the migration.
+    Where the state is complete the old QEMU is stopped (crossing.py; SIGSTOP): it reads nothing more of what clients
+    say, accepts nobody, does no command of another monitor's client, and cannot run the guest, whatever it makes of
+    the migration. So its block chains are asked for in the last moment before; what is opened after that is seen when
+    the clients are moved.
 
     Allowed because every RAM block is proven to be skipped (check `ram-not-skipped`): one that is not would write stale
     pages over live ones.
@@ -157,15 +159,14 @@ class MoveState(Step):
             if self.guest.running:
                 run.monitor.execute("stop")
             guard.hand_over()
+        run.extra["chains"] = run.monitor.execute("query-block")
         stream.begin(run)
         if self.guest.running:
             stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old, unless=self._failed(run))
             run.stop_time = stop.timestamp if stop is not None else None
-        chains = run.monitor.submit("query-block")  # answered while the new QEMU loads
         self._await(run, seen_new)
-        run.extra["chains"] = chains.result()
         assert run.old is not None
-        stop_accepting(run.old)
+        stop_accepting(run.old)  # where a machine does without words about its state it is not stopped yet
         if guard is not None:
             guard.stop()
         if any(event.name == "RESUME" for event in run.successor.events()[seen_new:]):
@@ -186,10 +187,13 @@ class MoveState(Step):
             assert run.new is not None
             run.new.wait_dead(1.0)
             words = run.words() or (migration.failure(run.successor) if run.new.alive() else "")
-            raise NewQemuDied(self.describe(), "did not take the state", words or migration.failure(run.monitor))
+            if not words and not stream.complete(run):
+                words = migration.failure(run.monitor)
+            raise NewQemuDied(self.describe(), "did not take the state", words)
 
     def undo(self, run: Run) -> None:
         run.kill_new()
+        stream.hang_up(run)
         if run.old is not None:
             go_on(run.old)
         stream.go_on_after_save(run, self.guest)

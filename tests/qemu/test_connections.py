@@ -56,10 +56,10 @@ def checks(result: Result) -> set[str]:
 
 
 @contextlib.contextmanager
-def typing(guest: Counted) -> Iterator[Typist]:
+def typing(guest: Counted, interval: float = 0.005) -> Iterator[Typist]:
     """Bytes are typed before, during and after; each is echoed exactly once, in order."""
     already = len(guest.log.echoed)
-    with Typist(guest.wire) as typist:
+    with Typist(guest.wire, interval) as typist:
         guest.log.wait(lambda: len(guest.log.echoed) > already + 20, 10, "no echo")
         yield typist
         mark = already + len(typist.typed)
@@ -89,6 +89,20 @@ def test_a_console_client_stays_connected_and_loses_no_byte(
                 assert result.code == 0, str(result)
         guest.check()
         assert len(qemus_of(lab)) == 1
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["7.2 11.1.a", pytest.param("7.2 7.2 7.2 10.0 10.0 11.1.a 11.1.b 11.1.a 11.1.b 11.1.a 11.1.b", marks=full)],
+)
+def test_what_is_typed_in_the_very_moment_is_not_lost(lab: Lab, cpr: Command, builds: Builds, route: str) -> None:
+    """Several bytes come within the pause, whoever reads them."""
+    first, *rest = route.split()
+    with counted(lab, builds(first)) as guest:
+        for key in rest:
+            with typing(guest, 0.0005):
+                result = cpr.update(guest.name, builds(key))
+                assert result.code == 0, str(result)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
