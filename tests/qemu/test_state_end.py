@@ -63,7 +63,12 @@ def test_what_is_said_after_the_state_is_complete_stays_in_the_socket(lab: Lab, 
             monitor.send_fd("state", old.fileno())
         migration.prepare(monitor, migration.ONE_WAY)
         passed = bytearray()
-        reader = threading.Thread(target=lambda: [passed.extend(d) for d in iter(lambda: new.recv(1 << 16), b"")])
+
+        def read() -> None:
+            while data := new.recv(1 << 16):
+                passed.extend(data)
+
+        reader = threading.Thread(target=read)
         reader.start()
         crossing = Crossing(source, sink, stop)
         monitor.execute("migrate", uri="fd:state")

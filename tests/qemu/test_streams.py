@@ -54,7 +54,7 @@ def test_not_a_byte_is_lost(lab: Lab, builds: Builds, times: int) -> None:
         echo = Echo(stack.enter_context(connected(place / "echo")).fileno(), WINDOW)
         agent = stack.enter_context(Asker(place / "agent"))
         lines = Lines(wire, log, interval=0.004)
-        parties = (agent, echo, lines)
+        parties: tuple[Asker | Echo | Lines, ...] = (agent, echo, lines)
         with echo, lines:
             until(lambda: min(p.progress for p in parties) > 0)
             for number in range(times):
