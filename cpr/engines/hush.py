@@ -22,17 +22,20 @@ from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.qemu.clients import aside, descriptor_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from cpr.linux.process import Process
 
-SILENT = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-"""Not connected: nothing is to be read from it, nobody hangs up, and a read says EAGAIN."""
+def give_silence(give: Callable[[int], None]) -> None:
+    """Have QEMU (`give`) take a socket on which nothing ever comes: beforehand, as calls in its process take time.
 
-
-def silence() -> socket.socket:
-    """A socket on which nothing ever comes: for the process beforehand, as calls in it take time."""
-    return socket.socket(socket.AF_UNIX, SILENT)
+    It is not connected: nothing is to be read from it, nobody hangs up. And it says EAGAIN to whoever reads all the same,
+    as one does who has seen that there is something to read just before the client was hushed; QEMU makes blocking
+    whatever it is given (chardev/char-socket.c), and would hang in that read.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as silent:
+        give(silent.fileno())
+        silent.setblocking(False)
 
 
 def hush(process: Process, tracer: Tracer, numbers: Iterable[int], silent: int) -> None:

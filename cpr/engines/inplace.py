@@ -115,8 +115,7 @@ class PrepareExec(Step):
         names = [STATE, SILENT, *(e.name for e in new.inherited if e.source is None)]
         run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
-        with hush.silence() as silent:
-            self._give(run, kept, SILENT, silent.fileno())
+        hush.give_silence(lambda number: self._give(run, kept, SILENT, number))
         for entry in new.inherited:
             if entry.source is None:
                 self._give(run, kept, entry.name, run.descriptors[entry.name].number)
