@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def give_silence(give: Callable[[int], None]) -> None:
     """Have QEMU (`give`) take a socket on which nothing ever comes: beforehand, as calls in its process take time.
 
-    It is not connected: nothing is to be read from it, nobody hangs up. And it says EAGAIN to whoever reads all the same,
-    as one does who has seen that there is something to read just before the client was hushed; QEMU makes blocking
-    whatever it is given (chardev/char-socket.c), and would hang in that read.
+    It is not connected: nothing is to be read from it, nobody hangs up. And it says EAGAIN to whoever reads all the
+    same, as one does who has seen that there is something to read just before the client was hushed; QEMU makes
+    blocking whatever it is given (chardev/char-socket.c), and would hang in that read.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as silent:
         give(silent.fileno())
