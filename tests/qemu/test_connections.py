@@ -91,10 +91,8 @@ def test_a_console_client_stays_connected_and_loses_no_byte(
         assert len(qemus_of(lab)) == 1
 
 
-@pytest.mark.parametrize(
-    "route",
-    ["7.2 11.1.a", pytest.param("7.2 7.2 7.2 10.0 10.0 11.1.a 11.1.b 11.1.a 11.1.b 11.1.a 11.1.b", marks=full)],
-)
+@full
+@pytest.mark.parametrize("route", ["7.2 7.2 7.2 10.0 10.0 11.1.a 11.1.b 11.1.a 11.1.b 11.1.a 11.1.b"])
 def test_what_is_typed_in_the_very_moment_is_not_lost(lab: Lab, cpr: Command, builds: Builds, route: str) -> None:
     """Several bytes come within the pause, whoever reads them."""
     first, *rest = route.split()
