@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors, recover_in_place
+from cpr.engines import stream
 from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
 from cpr.engines.execute import as_before
@@ -163,6 +164,8 @@ def _back(record: Record) -> Outcome:
         where = "the guest's process has ended by itself"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
     _restore_taps(record, old)
+    if (end := record.facts.get("stream", {}).get("end")) is not None:
+        stream.hang_up_on(old.pid, int(end))
     go_on(old)
     guest = record.header["guest"]
     try:
@@ -174,7 +177,7 @@ def _back(record: Record) -> Outcome:
                 status = resume_old(monitor, guest["runstate"])
             migration.restore(monitor, guest["capabilities"], guest["parameters"])
             set_discard(monitor, guest["discarding"], on=True)
-            for name in ("cpr-stream", *record.facts.get("given", {}).get("names", ())):
+            for name in (stream.NAME, stream.END, *record.facts.get("given", {}).get("names", ())):
                 with contextlib.suppress(CommandFailed):
                     monitor.execute("closefd", fdname=name)
     except CprError as error:

@@ -11,6 +11,7 @@ Out of scope: what is sent before and after, and who gets which descriptor (stre
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-SILENCE = 20
+SILENCE = 5
 """Milliseconds after which nothing more is expected to come at once."""
 
 
@@ -35,14 +36,25 @@ class Crossing:
     """Passes on what comes from `source` to `sink`, and back, in a thread of its own; owns both.
 
     Where the state is complete `stop` is called, and only after that is the new QEMU given the last bytes; nothing is
-    read from `source` any more. Should one of the two hang up, the other is hung up on.
+    read from `source` any more. `genuine`: whether the state can be complete by now.
+
+    The old QEMU is only hung up on by `hang_up`: its migration fails then, and it runs the guest by itself. Whatever
+    else ends, it stays where it is, as long as somebody has `source` (stream.py).
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        stop: Callable[[], None],
+        genuine: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._source = source
         self._sink = sink
         self._stop = stop
-        self._ending = Ending()
+        self._ending = Ending(genuine)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._closed = False
         self._thread = threading.Thread(target=self._pass_on, name="crossing", daemon=True)
         self._thread.start()
 
@@ -51,47 +63,58 @@ class Crossing:
         """The state is; the old QEMU answers nothing any more."""
         return self._ending.complete
 
+    def hang_up(self) -> None:
+        """Tell the old QEMU that nobody reads what it writes: only when the new one is dead. Safe to repeat."""
+        if not self._closed:
+            _shut(self._source)
+        self.close()
+
     def close(self) -> None:
-        """Hang up on both. Safe to repeat."""
-        self._hang_up()
+        """Let go of both. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        os.eventfd_write(self._wake, 1)
+        _shut(self._sink)  # or it would wait for a new QEMU that does not read
         self._thread.join()
         self._source.close()
         self._sink.close()
-
-    def _hang_up(self) -> None:
-        for sock in (self._source, self._sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        os.close(self._wake)
 
     def _pass_on(self) -> None:
+        source, sink = self._source.fileno(), self._sink.fileno()
         poll = select.poll()
-        poll.register(self._source, select.POLLIN)
-        poll.register(self._sink, select.POLLIN)
-        try:
+        for number in (source, sink, self._wake):
+            poll.register(number, select.POLLIN)
+        with contextlib.suppress(OSError):
             while True:
-                ready = poll.poll(SILENCE if self._ending.held else None)
+                ready = {number for number, _ in poll.poll(SILENCE if self._ending.held else None)}
+                if self._wake in ready:
+                    return
                 if not ready:
                     self._sink.sendall(self._ending.release())
-                for number, _ in ready:
-                    if number == self._sink.fileno():
-                        self._answer()
-                        continue
+                if sink in ready:
+                    self._answer()
+                if source in ready:
                     self._forward()
                     if self._ending.complete:
-                        poll.unregister(self._source)
-        except OSError:
-            pass
-        finally:
-            self._hang_up()
+                        poll.unregister(source)
+        if not self._ending.complete:
+            _shut(self._sink)
 
     def _forward(self) -> None:
-        data = self._source.recv(CHUNK)
-        passed = self._ending.feed(data) if data else self._ending.release()
+        data = self._source.recv(CHUNK, socket.MSG_PEEK)
+        if not data:
+            self._sink.sendall(self._ending.release())
+            raise ConnectionResetError
+        passed, used = self._ending.feed(data)
+        while used:
+            used -= len(self._source.recv(used))
         if self._ending.complete:
             self._stop()
         self._sink.sendall(passed)
-        if not data:
-            raise ConnectionResetError
+        if self._ending.complete:
+            self._sink.shutdown(socket.SHUT_WR)  # who has no complete state by now fails at once
 
     def _answer(self) -> None:
         """Pass on what the new QEMU says on the return path."""
@@ -100,3 +123,8 @@ class Crossing:
             raise ConnectionResetError
         if not self._ending.complete:
             self._source.sendall(data)
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,11 @@
 """The way of the device state from the old QEMU to the new one, through us (crossing.py) or by a memory file of ours.
 
-A socket pair for each, one end given to it by descriptor. A guest whose only QMP socket is TCP takes no descriptors: it
-connects to a port of ours on the loopback.
+A socket pair for each, one end given to it by descriptor. The old QEMU is given our end of its pair as well: whatever
+becomes of us, it cannot see that nobody reads what it writes, and so its migration neither ends nor fails. It stands
+still, also if somebody lets it go on (SIGCONT), until it is hung up on: when the new QEMU is dead.
+
+A guest whose only QMP socket is TCP takes no descriptors: it connects to a port of ours on the loopback, and what it
+has connected is given to the new QEMU. Nobody is in between then.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ from cpr.run import resume_old
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cpr.linux.process import Process
     from cpr.model import Guest
-    from cpr.qemu.qmp import Monitor
+    from cpr.qemu.qmp import Monitor, Pending
     from cpr.run import Run
 
 NAME = "cpr-stream"
+END = "cpr-stream-end"
+"""By this name the old QEMU has our end."""
+STOP_SECONDS = 0.05
+"""How long STOP may come after a state that is complete."""
 ACCEPT_SECONDS = 5.0
 SLICE = 0.05
 """Seconds between two looks at interrupts and deadlines."""
@@ -53,45 +60,53 @@ def our_end(monitor: Monitor, command: str) -> socket.socket:
 def prepare(run: Run, guest: Guest) -> None:
     """Everything that can be done before the state is sent."""
     assert guest.monitor is not None
-    run.extra["sink"] = sink = our_end(run.successor, "migrate-incoming")
-    run.closing.callback(sink.close)
     if not guest.monitor.path:
         listener = socket.create_server(("127.0.0.1", 0))
         run.closing.callback(listener.close)
         run.extra["stream"] = listener
         return
+    run.extra["sink"] = sink = our_end(run.successor, "migrate-incoming")
+    run.closing.callback(sink.close)
     theirs, ours = socket.socketpair()
     run.closing.callback(ours.close)
     run.extra["source"] = ours
+    run.journal.fact("stream", end=os.fstat(ours.fileno()).st_ino)
     with theirs:
         narrow(theirs)
         run.monitor.send_fd(NAME, theirs.fileno())
+    run.monitor.send_fd(END, ours.fileno())
 
 
-def begin(run: Run) -> None:
-    """Have the old QEMU send its state, and the new one take it; the old one is stopped where it is complete."""
+def begin(run: Run, guest: Guest, seen: int) -> Pending:
+    """Have the old QEMU send its state, and the new one take it; the old one is stopped where it is complete.
+
+    `seen`: events of the old QEMU until now. The answer to `migrate` may never come: QEMU may be too busy for it
+    before, and it says nothing after its state is complete.
+    """
     listener: socket.socket | None = run.extra.get("stream")
-    old = run.old
+    old, monitor = run.old, run.monitor
     assert old is not None
-    if listener is None:
-        _cross(run, old, run.extra.pop("source"))
-        run.monitor.execute("migrate", uri=f"fd:{NAME}")
-        return
-    run.monitor.execute("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-    connection = connection_of(old.pid, listener)
-    if (number := _number_of(old.pid, connection)) is not None:
-        with fds.take_fd(old.pidfd, number) as fd, clients.socket_of(fd) as sender:
-            narrow(sender)
-    _cross(run, old, connection)
+    if listener is not None:
+        pending = monitor.submit("migrate", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
+        with connection_of(old.pid, listener) as connection:
+            run.successor.send_fd(NAME, connection.fileno())
+        run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
+        return pending
 
+    def stopped() -> bool:
+        with contextlib.suppress(TimeoutError, MonitorError):
+            monitor.wait_event({"STOP"}, timeout=STOP_SECONDS, after=seen)
+            return True
+        return not guest.running
 
-def _cross(run: Run, old: Process, source: socket.socket) -> None:
-    run.extra["crossing"] = crossing = Crossing(source, run.extra.pop("sink"), lambda: stop_accepting(old))
+    source, sink = run.extra.pop("source"), run.extra.pop("sink")
+    run.extra["crossing"] = crossing = Crossing(source, sink, lambda: stop_accepting(old), stopped)
     run.closing.callback(crossing.close)
+    return monitor.submit("migrate", uri=f"fd:{NAME}")
 
 
 def complete(run: Run) -> bool:
-    """Whether the old QEMU has saved its state, and was stopped: it answers nothing any more."""
+    """Whether the old QEMU was stopped where it has saved its state: it answers nothing any more."""
     crossing: Crossing | None = run.extra.get("crossing")
     return crossing is not None and crossing.complete
 
@@ -102,30 +117,34 @@ def connection_of(pid: int, listener: socket.socket) -> socket.socket:
     while (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
         with contextlib.suppress(TimeoutError):
-            connection, _ = listener.accept()
-            if _number_of(pid, connection) is not None:
+            connection, peer = listener.accept()
+            theirs = clients.socket_numbers(pid)
+            if any(tcp.local == peer and tcp.inode in theirs for tcp in proc.read_net_tcp(pid)):
                 return connection
             connection.close()
     raise StepFailed("move the device state", f"the old QEMU did not connect within {ACCEPT_SECONDS:g} s")
 
 
-def _number_of(pid: int, connection: socket.socket) -> int | None:
-    """Under which number a process has the other end of a TCP connection, if it has."""
-    theirs, peer = clients.socket_numbers(pid), connection.getpeername()
-    return next((theirs[t.inode] for t in proc.read_net_tcp(pid) if t.local == peer and t.inode in theirs), None)
-
-
 def hang_up(run: Run) -> None:
-    """Both of them lose the other; what was not sent is not sent any more. Safe to repeat."""
+    """The old QEMU is told that nobody reads what it writes; the new one is dead. Safe to repeat."""
     if (crossing := run.extra.get("crossing")) is not None:
-        crossing.close()
+        crossing.hang_up()
+
+
+def hang_up_on(pid: int, end: int) -> None:
+    """`hang_up` for a keeper that is gone; `end`: inode of our end, which the old QEMU has. Safe to repeat."""
+    with contextlib.suppress(OSError):
+        number = clients.socket_numbers(pid).get(end)
+        if number is not None:
+            with fds.take_fd(pid, number) as fd, clients.socket_of(fd) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def undo(run: Run) -> None:
-    """Take back the old QEMU's end, which it has not used."""
-    if run.extra.get("stream") is None:
+    """Take back the old QEMU's end, if it has not used it, and ours."""
+    for name in (NAME, END):
         with contextlib.suppress(CommandFailed):
-            run.monitor.execute("closefd", fdname=NAME)
+            run.monitor.execute("closefd", fdname=name)
 
 
 def save(run: Run, state: int, step: str) -> None:

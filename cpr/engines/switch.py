@@ -153,36 +153,42 @@ class MoveState(Step):
         same_runstate(run, self.guest, self.describe())
         seen_old, seen_new = run.monitor.event_count, run.successor.event_count
         run.extra["seen_old"] = seen_old
+        run.extra["chains"] = run.monitor.execute("query-block")
         run.blackout_began = time.monotonic()
         guard: TapGuard | None = run.extra.get("taps")
         if guard is not None and guard.several:
             if self.guest.running:
                 run.monitor.execute("stop")
             guard.hand_over()
-        run.extra["chains"] = run.monitor.execute("query-block")
-        stream.begin(run)
+        sending = stream.begin(run, self.guest, seen_old)
+
+        def failed() -> bool:
+            return sending.failed or migration.has_failed(run.monitor.events()[seen_old:])
+
         if self.guest.running:
-            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old, unless=self._failed(run))
+            stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen_old, unless=failed)
             run.stop_time = stop.timestamp if stop is not None else None
-        self._await(run, seen_new)
+        if sending.failed:
+            sending.result()
+        self._await(run, seen_new, failed)
         assert run.old is not None
-        stop_accepting(run.old)  # where a machine does without words about its state it is not stopped yet
+        if not stream.complete(run):
+            stop_accepting(run.old)
+            self._unguarded(run)
         if guard is not None:
             guard.stop()
         if any(event.name == "RESUME" for event in run.successor.events()[seen_new:]):
             raise StepFailed(self.describe(), "the new QEMU ran before it was told to")
 
-    def _failed(self, run: Run) -> Callable[[], bool]:
-        def old_failed() -> bool:
-            return migration.has_failed(run.monitor.events()[run.extra["seen_old"] :])
+    def _unguarded(self, run: Run) -> None:
+        """The old QEMU could read on after it had saved its state."""
+        if labels := [label for label, _ in clients_held(run)]:
+            run.notes.append(f"what was said to {', '.join(labels)} within the pause may be lost")
 
-        return old_failed
-
-    def _await(self, run: Run, after: int) -> None:
+    def _await(self, run: Run, after: int, failed: Callable[[], bool]) -> None:
         """Until the new QEMU has all of it."""
-
-        step, unless = self.describe(), self._failed(run)
-        event = run.wait_event(run.successor, {"MIGRATION"}, step, migration.ended, after=after, unless=unless)
+        step = self.describe()
+        event = run.wait_event(run.successor, {"MIGRATION"}, step, migration.ended, after=after, unless=failed)
         if event is None or event.data["status"] != "completed":
             assert run.new is not None
             run.new.wait_dead(1.0)

@@ -147,6 +147,11 @@ class Pending:
         self._future = future
         self._attend = attend
 
+    @property
+    def failed(self) -> bool:
+        """There is an answer, and it is no value: `result` says what."""
+        return self._future.done() and (self._future.cancelled() or self._future.exception() is not None)
+
     def result(self, timeout: float = COMMAND_SECONDS) -> Any:
         """The value that QEMU returned; a reply that comes after the wait was given up is dropped."""
         try:

@@ -7,8 +7,8 @@ lock held, and the words, 40 KB and more, are far more than a socket of `SOCKET_
 mark has a QEMU that can do nothing else any more, neither read what clients say nor any command, and whose state is
 complete.
 
-The stream is the guest's in parts, so it may hold a mark in a wrong place. Then what was passed on is no complete
-state, and is refused by whoever loads it.
+The stream is the guest's in parts, so it may hold a mark in a wrong place. `Ending` asks before it believes in one; and
+what was passed on then is no complete state, and is refused by whoever loads it and sees its end.
 
 Out of scope: who reads it and what for (engines/crossing.py).
 """
@@ -16,11 +16,15 @@ Out of scope: who reads it and what for (engines/crossing.py).
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SOCKET_BYTES = 8192
 """For SO_SNDBUF of the sender's end; the kernel doubles it."""
 CHUNK = 16384
-"""Bytes to read at a time: with what waits in the socket less than the words."""
+"""Bytes to look at a time."""
 MARK_BYTES = 6
 """QEMU_VM_EOF, QEMU_VM_VMDESCRIPTION, and the length of the words."""
 EOF_AND_DESCRIPTION = b"\x00\x06"
@@ -34,23 +38,28 @@ _HELD = MARK_BYTES + max(map(len, BEGINNINGS)) - 1
 class Ending:
     """What of a stream is to be passed on, as it comes in: all up to the mark, which is passed on without words."""
 
-    def __init__(self) -> None:
+    def __init__(self, genuine: Callable[[], bool] = lambda: True) -> None:
+        """genuine: asked where there is a mark, whether the state can be complete at all."""
         self.complete = False
         """The mark was met; nothing of what follows is passed on."""
         self.held = b""
         """Not yet passed on: what may be the beginning of the mark."""
+        self._genuine = genuine
 
-    def feed(self, data: bytes) -> bytes:
-        """The next bytes to pass on."""
+    def feed(self, data: bytes) -> tuple[bytes, int]:
+        """What to pass on next, and how many bytes of `data` are used up: not those behind the mark."""
         if self.complete:
-            return b""
-        data = self.held + data
-        if (mark := _mark(data)) is not None:
-            self.complete, self.held = True, b""
-            return data[:mark] + WORDLESS
-        at = max(0, len(data) - _HELD)
+            return b"", 0
+        before, data = len(self.held), self.held + data
+        at = 0
+        while (mark := _mark(data, at)) is not None:
+            if self._genuine():
+                self.complete, self.held = True, b""
+                return data[:mark] + WORDLESS, mark + len(WORDLESS) - before
+            at = mark + 1
+        at = max(at, len(data) - _HELD)
         self.held = data[at:]
-        return data[:at]
+        return data[:at], len(data) - before
 
     def release(self) -> bytes:
         """What is held, as nothing more comes: a machine with `suppress-vmdesc=on` has no words."""
@@ -58,13 +67,15 @@ class Ending:
         return held
 
 
-def _mark(data: bytes) -> int | None:
-    """Where it is."""
+def _mark(data: bytes, start: int) -> int | None:
+    """Where the first one is from there on."""
+    found = []
     for beginning in BEGINNINGS:
-        at = data.find(beginning)
+        at = data.find(beginning, start)
         while at >= 0:
             mark = at - MARK_BYTES
-            if mark >= 0 and data.startswith(EOF_AND_DESCRIPTION, mark):
-                return mark
+            if mark >= start and data.startswith(EOF_AND_DESCRIPTION, mark):
+                found.append(mark)
+                break
             at = data.find(beginning, at + 1)
-    return None
+    return min(found, default=None)

@@ -26,6 +26,7 @@ class Way:
     def __init__(self) -> None:
         self.old, source = socket.socketpair()
         self.new, sink = socket.socketpair()
+        self.also_ours = source.dup()
         narrow(self.old)
         self.stopped: list[bytes] = []
         self.crossing = Crossing(source, sink, self._stop)
@@ -56,7 +57,8 @@ class Way:
         return self.got
 
     def close(self) -> None:
-        self.crossing.close()
+        self.also_ours.close()
+        self.crossing.hang_up()
         self.old.close()
         self.new.close()
 
@@ -81,9 +83,29 @@ def test_the_old_one_stands_still_in_its_words_and_the_new_one_has_all(way: Way)
     sending.join(0.2)
     assert sending.is_alive(), "the old one could write all its words"
     assert way.sent == []
-    way.crossing.close()
+    way.crossing.hang_up()
     sending.join(10)
     assert isinstance(way.sent[0], BrokenPipeError | ConnectionResetError)
+
+
+def test_the_old_one_stands_still_for_good_where_it_has_our_end_too(way: Way) -> None:
+    """Whatever becomes of us or of the new one."""
+    sending = way.send(STATE + mark(WORDS))
+    way.receive(len(STATE) + len(WORDLESS))
+    with way.also_ours:
+        way.new.close()
+        way.crossing.close()
+        sending.join(0.2)
+        assert sending.is_alive()
+        way.also_ours.shutdown(socket.SHUT_RDWR)
+        sending.join(10)
+        assert isinstance(way.sent[0], BrokenPipeError | ConnectionResetError)
+
+
+def test_the_new_one_sees_the_end_of_what_only_looks_like_a_state(way: Way) -> None:
+    way.send(STATE + mark(WORDS))
+    assert way.receive(len(STATE) * 2) == STATE + WORDLESS
+    assert way.new.recv(1) == b""
 
 
 def test_a_state_without_words_comes_through_and_nobody_is_stopped(way: Way) -> None:
@@ -98,18 +120,30 @@ def test_answers_come_back(way: Way) -> None:
     assert way.old.recv(10) == b"PONG"
 
 
-@pytest.mark.parametrize("who", ["old", "new"])
-def test_one_hangs_up_and_so_does_the_other(way: Way, who: str) -> None:
-    gone, other = (way.old, way.new) if who == "old" else (way.new, way.old)
-    gone.shutdown(socket.SHUT_RDWR)
-    assert other.recv(1) == b""
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_new_one_that_hangs_up_does_not_let_the_old_one_go_on(way: Way, when: str) -> None:
+    """It may not be dead."""
+    sending = way.send(STATE + mark(WORDS)) if when == "after" else None
+    if sending is not None:
+        way.receive(len(STATE) + len(WORDLESS))
+    way.new.close()
+    if sending is None:
+        sending = way.send(STATE)
+    sending.join(0.2)
+    assert sending.is_alive()
+    assert way.sent == []
+
+
+def test_an_old_one_that_hangs_up_leaves_the_new_one_with_an_end(way: Way) -> None:
+    way.old.shutdown(socket.SHUT_RDWR)
+    assert way.new.recv(1) == b""
 
 
 def test_a_new_one_that_does_not_read_holds_nobody_up_at_the_end(way: Way) -> None:
     sending = way.send(STATE * 10)
     time.sleep(0.1)
     began = time.monotonic()
-    way.crossing.close()
+    way.crossing.hang_up()
     sending.join(5)
     assert time.monotonic() - began < 1
     assert not sending.is_alive()

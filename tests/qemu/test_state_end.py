@@ -73,7 +73,7 @@ def test_what_is_said_after_the_state_is_complete_stays_in_the_socket(lab: Lab, 
         crossing = Crossing(source, sink, stop)
         monitor.execute("migrate", uri="fd:state")
         until(lambda: heard or not reader.is_alive())
-        crossing.close()  # its words are read by nobody, and it goes on
+        crossing.hang_up()  # its words are read by nobody, and it goes on
         reader.join()
         assert heard == [0]
         assert passed.endswith(WORDLESS)

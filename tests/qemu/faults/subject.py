@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpr import discover, journal, keeper, survey
 from cpr.engines import ENGINES, Request
+from cpr.errors import MonitorHeld
 from cpr.linux.process import open_process
 from cpr.model import MonitorAddress, Netdev, Outcome, Plan, Severity, Step, VncServer
 from cpr.qemu import features, qmp
@@ -235,7 +236,8 @@ class Victim:
     def state_of(self, pid: int) -> str:
         """The runstate of a QEMU that nobody else shares the monitor with; "" where it has ended.
 
-        One that was stopped at the switch (engines/doors.py) is let go on, to see what it does then.
+        One that was stopped at the switch (engines/doors.py) is let go on, to see what it does then: "silent" if it
+        stands in the middle of its migration (engines/stream.py) and says nothing.
         """
         try:
             process = open_process(pid)
@@ -245,8 +247,11 @@ class Victim:
             if not process.alive():
                 return ""
             process.signal(signal.SIGCONT)
-        with qmp.connect(self.monitor) as session:
-            return str(session.execute("query-status")["status"])
+        try:
+            with qmp.connect(self.monitor) as session:
+                return str(session.execute("query-status")["status"])
+        except MonitorHeld:
+            return "silent"
 
     def kill(self, pid: int) -> None:
         """SIGKILL, and wait until it is gone."""

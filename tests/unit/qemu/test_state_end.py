@@ -19,31 +19,54 @@ def stream(words: bytes) -> bytes:
     return STATE + b"\0\6" + len(words).to_bytes(4, "big") + words
 
 
-def passed(data: bytes, size: int) -> tuple[bytes, Ending]:
-    ending = Ending()
-    return b"".join(ending.feed(data[at : at + size]) for at in range(0, len(data), size)), ending
+def passed(data: bytes, size: int, ending: Ending) -> tuple[bytes, int]:
+    """What is passed on, and how much is read."""
+    said, at = b"", 0
+    while at < len(data) and not ending.complete:
+        more, used = ending.feed(data[at : at + size])
+        said, at = said + more, at + used
+    return said, at
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 23, 24, 25, 1000, 1 << 20])
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
 def test_the_state_is_passed_on_without_the_words(words: bytes, size: int) -> None:
-    said, ending = passed(stream(words), size)
+    ending = Ending()
+    said, read = passed(stream(words), size, ending)
     assert said == STATE + WORDLESS
     assert ending.complete
+    beginning = len(STATE) + len(WORDLESS)
+    assert read - beginning in (range(25) if size < 24 else [0]), "as few of the words are read as can be"
+    assert ending.feed(b"more words") == (b"", 0)
 
 
 @pytest.mark.parametrize("size", [1, 24, 1000, 1 << 20])
 def test_a_state_without_words_is_passed_on_whole(size: int) -> None:
-    said, ending = passed(STATE + b"\0", size)
+    ending = Ending()
+    said, read = passed(STATE + b"\0", size, ending)
     assert not ending.complete
+    assert read == len(STATE) + 1
     assert said + ending.release() == STATE + b"\0"
     assert ending.release() == b""
+
+
+@pytest.mark.parametrize("size", [1, 25, 1 << 20])
+def test_a_mark_where_none_can_be_is_passed_on_as_it_is(size: int) -> None:
+    """The guest's own RAM holds one."""
+    answers = [False, False, True]
+    false = stream(WORDS["7.2"])
+    ending = Ending(lambda: answers.pop(0))
+    said, _ = passed(false + false + stream(WORDS["8.2"]), size, ending)
+    assert said == false + false + STATE + WORDLESS
+    assert answers == []
 
 
 def test_it_is_complete_at_the_beginning_of_the_words() -> None:
     for beginning in BEGINNINGS:
         ending = Ending()
         mark = b"\0\6\0\0\xad\x4a" + beginning
-        assert ending.feed(STATE + mark[:-1]) + ending.feed(mark[-1:]) == STATE + WORDLESS
+        said, read = passed(STATE + mark[:-1], 1 << 20, ending)
+        assert not ending.complete
+        assert read == len(STATE + mark) - 1
+        assert said + ending.feed(mark[-1:])[0] == STATE + WORDLESS
         assert ending.complete
-        assert ending.feed(b"more words") == b""
