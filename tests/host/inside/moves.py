@@ -74,7 +74,7 @@ class Spoilt(Exception):
 
 
 class Subject:
-    """A guest and its users.  seconds: from the start of its QEMU until it counted."""
+    """A guest and its users.  seconds: from the start of its QEMU until it counted.  moved: an update was tried."""
 
     def __init__(self, lab: Lab, guest: Guest[Any], seconds: float, stream: tap.Stream | None) -> None:
         self.lab = lab
@@ -82,15 +82,22 @@ class Subject:
         self.seconds = seconds
         self.stream = stream
         self.pid = guest.pid
+        self.moved = False
 
     def move(self, target: QemuBuild, engine: str) -> dict[str, Any]:
         """Update it, wait until it has shown that it is well, and say what was seen."""
         log = self.guest.log
-        log.wait_ticks(20, 30)
-        if isinstance(log, LinuxLog):
-            blocks = log.disk_ok
-            log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
+        try:
+            log.wait_ticks(20, 30)
+            if isinstance(log, LinuxLog):
+                blocks = log.disk_ok
+                log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
+        except TimeoutError as error:
+            if self.moved:
+                raise
+            raise Spoilt(f"stuck before anything was done: {error}") from None
         before = clock(log)
+        self.moved = True
         note("update")
         began = time.monotonic()
         words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
