@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+LAST = 4
+"""Bytes that the new QEMU has to wait for."""
 SILENCE = 5
 """Milliseconds after which nothing more is expected to come at once."""
 
@@ -110,11 +112,13 @@ class Crossing:
         passed, used = self._ending.feed(data)
         while used:
             used -= len(self._source.recv(used))
-        if self._ending.complete:
-            self._stop()
-        self._sink.sendall(passed)
-        if self._ending.complete:
-            self._sink.shutdown(socket.SHUT_WR)  # who has no complete state by now fails at once
+        if not self._ending.complete:
+            self._sink.sendall(passed)
+            return
+        self._sink.sendall(passed[:-LAST])  # it loads that while the old one is stopped
+        self._stop()
+        self._sink.sendall(passed[-LAST:])
+        self._sink.shutdown(socket.SHUT_WR)  # who has no complete state by now fails at once
 
     def _answer(self) -> None:
         """Pass on what the new QEMU says on the return path."""
