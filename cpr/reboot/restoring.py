@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
-from cpr.engines.settings import Settings, put_back
+from cpr.engines.settings import put_back
 from cpr.engines.successor import MARK, run_mark
 from cpr.errors import CprError, Exit, MonitorError, StepFailed, words
 from cpr.linux import likeness, pci
@@ -37,7 +37,7 @@ from cpr.reboot.knowledge import make_directories
 from cpr.reboot.manifest import RamCopy, Result
 from cpr.reboot.needs import awaited
 from cpr.reboot.saving import CPR_REBOOT, has_mode
-from cpr.reboot.startable import end_left_behind, like_now, open_log
+from cpr.reboot.startable import end_left_behind, like_now, open_log, settings_now
 from cpr.reboot.verifying import NotRestorable, located, verify
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def settle(saved: SavedGuest, guest: Guest, monitor: Monitor, pid: int, start_ti
                 with contextlib.suppress(TimeoutError):
                     result.resumed_at = monitor.wait_event({"RESUME"}, timeout=RESUME_SECONDS, after=seen).timestamp
         result.runstate = str(monitor.execute("query-status")["status"])
-        result.differences += put_back(monitor, Settings.from_json(saved.settings), old=saved.pid, new=pid)
+        result.differences += put_back(monitor, settings_now(saved), old=saved.pid, new=pid)
         restore_mode(monitor, guest)
         migration.close_file(monitor)
     except CprError as error:

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cpr.engines.settings import Settings
 from cpr.engines.successor import MARK
 from cpr.errors import CprError, StepFailed
 from cpr.linux import cgroup, likeness, proc
@@ -22,6 +23,10 @@ from cpr.reboot import ramcopy
 from cpr.reboot.manifest import RamCopy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cpr.linux.cgroup import Cgroup, CgroupMount
+    from cpr.linux.placement import ThreadPlacement
     from cpr.reboot.manifest import SavedGuest
 
 MONITOR_SECONDS = 5.0
@@ -78,14 +83,31 @@ def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
     Its process is gone, and its pid may be somebody else's; numbers of namespaces are those of another boot.
     """
     mounts = cgroup.own_mounts()
-    there, unmet = [], []
-    for entry in saved.likeness.cgroups:
-        place = cgroup.locate(entry, mounts)
-        if place is not None and os.path.isdir(place):
-            there.append(entry)
-        elif place is not None:
-            unmet.append(f"cgroup: {entry.path} is not there any more")
+    wanted = saved.likeness.cgroups
+    threads = [entry for placement in _threads(saved).values() for entry in placement.cgroups]
+    gone = [entry.path for entry in (*wanted, *threads) if _is_there(entry, mounts) is False]
     ours = proc.namespaces(os.getpid())
     known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
-    like = replace(saved.likeness, pid=0, start_time=0, cgroups=tuple(there), namespaces=known)
-    return like, tuple(dict.fromkeys(unmet))
+    there = tuple(entry for entry in wanted if _is_there(entry, mounts))
+    like = replace(saved.likeness, pid=0, start_time=0, cgroups=there, namespaces=known)
+    return like, tuple(f"cgroup: {path} is not there any more" for path in dict.fromkeys(gone))
+
+
+def settings_now(saved: SavedGuest) -> Settings:
+    """What its QEMU had, but for cgroups of its threads that are gone: where a unit does not run, it has none."""
+    mounts = cgroup.own_mounts()
+    threads = {
+        name: replace(placement, cgroups=tuple(c for c in placement.cgroups if _is_there(c, mounts)))
+        for name, placement in _threads(saved).items()
+    }
+    return replace(Settings.from_json(saved.settings), threads=threads)
+
+
+def _threads(saved: SavedGuest) -> Mapping[str, ThreadPlacement]:
+    return Settings.from_json(saved.settings).threads if saved.settings else {}
+
+
+def _is_there(entry: Cgroup, mounts: list[CgroupMount]) -> bool | None:
+    """None: its hierarchy is not to be seen."""
+    place = cgroup.locate(entry, mounts)
+    return None if place is None else os.path.isdir(place)
