@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,27 @@ def line(what: str, document: dict[str, Any]) -> str:
     )
 
 
+def hung(document: dict[str, Any]) -> bool:
+    """A guest was updated, and later fell silent in the middle of a line: nothing else is wrong with it.
+
+    Guests do so under the emulated KVM, also where there is no cpr (docs/hacking.md).
+    """
+    return any(
+        round_["code"] == 0 and round_["problems"] and all(HUNG.match(problem) for problem in round_["problems"])
+        for round_ in document["rounds"]
+    )
+
+
+HUNG = re.compile(r"not \d+ more (ticks|rounds) within ")
+
+
 @pytest.mark.timeout(900)
 def test_smoke(hosts: Hosts) -> None:
     host = hosts.get(jumps.SMOKE)  # the one that test_kexec.py has left
-    document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=600)
+    document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=400)
+    if hung(document):
+        hosts.lines.append("nested KVM: a guest fell silent after its update, and another one was taken")
+        document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=400)
     for round_ in document["rounds"]:
         judge(round_)
     hosts.lines.append(line("nested KVM, counting guest, 128M", document))
