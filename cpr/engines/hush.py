@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from cpr.linux.process import Process
 
+
 def give_silence(give: Callable[[int], None]) -> None:
     """Have QEMU (`give`) take a socket on which nothing ever comes: beforehand, as calls in its process take time.
 

@@ -23,10 +23,7 @@ from cpr.reboot import ramcopy
 from cpr.reboot.manifest import RamCopy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from cpr.linux.cgroup import Cgroup, CgroupMount
-    from cpr.linux.placement import ThreadPlacement
     from cpr.reboot.manifest import SavedGuest
 
 MONITOR_SECONDS = 5.0
@@ -84,7 +81,8 @@ def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
     """
     mounts = cgroup.own_mounts()
     wanted = saved.likeness.cgroups
-    threads = [entry for placement in _threads(saved).values() for entry in placement.cgroups]
+    placed = Settings.from_json(saved.settings).threads.values() if saved.settings else ()
+    threads = [entry for placement in placed for entry in placement.cgroups]
     gone = [entry.path for entry in (*wanted, *threads) if _is_there(entry, mounts) is False]
     ours = proc.namespaces(os.getpid())
     known = {name: number for name, number in ours.items() if name in saved.likeness.namespaces}
@@ -95,16 +93,12 @@ def like_now(saved: SavedGuest) -> tuple[likeness.Likeness, tuple[str, ...]]:
 
 def settings_now(saved: SavedGuest) -> Settings:
     """What its QEMU had, but for cgroups of its threads that are gone: where a unit does not run, it has none."""
-    mounts = cgroup.own_mounts()
+    settings, mounts = Settings.from_json(saved.settings), cgroup.own_mounts()
     threads = {
         name: replace(placement, cgroups=tuple(c for c in placement.cgroups if _is_there(c, mounts)))
-        for name, placement in _threads(saved).items()
+        for name, placement in settings.threads.items()
     }
-    return replace(Settings.from_json(saved.settings), threads=threads)
-
-
-def _threads(saved: SavedGuest) -> Mapping[str, ThreadPlacement]:
-    return Settings.from_json(saved.settings).threads if saved.settings else {}
+    return replace(settings, threads=threads)
 
 
 def _is_there(entry: Cgroup, mounts: list[CgroupMount]) -> bool | None:

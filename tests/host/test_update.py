@@ -23,6 +23,8 @@ PAIRS = [("7.2", "11.1.a", False), ("11.1.a", "11.1.b", True)]
 TIMES = 5
 """Of each guest: ten of each pair and size."""
 BESIDE = 10
+HUNG = re.compile(r"not \d+ more (ticks|rounds) within ")
+"""What `moves` says of a guest that is heard of no more."""
 
 
 def judge(round_: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ def line(what: str, document: dict[str, Any]) -> str:
 
 
 def hung(document: dict[str, Any]) -> bool:
-    """A guest was updated, and later fell silent in the middle of a line: nothing else is wrong with it.
+    """A guest was updated, and later fell silent: nothing else is wrong with it.
 
     Guests do so under the emulated KVM, also where there is no cpr (docs/hacking.md).
     """
@@ -61,9 +63,6 @@ def hung(document: dict[str, Any]) -> bool:
         round_["code"] == 0 and round_["problems"] and all(HUNG.match(problem) for problem in round_["problems"])
         for round_ in document["rounds"]
     )
-
-
-HUNG = re.compile(r"not \d+ more (ticks|rounds) within ")
 
 
 @pytest.mark.timeout(900)

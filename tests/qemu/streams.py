@@ -30,6 +30,11 @@ def content(start: int, size: int) -> bytes:
     return lines[start - first * LINE :][:size]
 
 
+def all_went_on(before: list[int], now: list[int]) -> bool:
+    """Each of them has made progress."""
+    return all(later > earlier for earlier, later in zip(before, now, strict=True))
+
+
 class Echo(Party):
     """A stream to somebody who sends everything back. `fd` is a socket or a terminal; at most `window` bytes are under
     way."""

@@ -20,7 +20,7 @@ from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.managers import PROMPT, Flood, Person
 from tests.qemu.parties import Qmp, Wire, backend_for, connected, listens, standard, unique
 from tests.qemu.rounds import rounds
-from tests.qemu.streams import Asker, Echo, Lines, Viewer, content
+from tests.qemu.streams import Asker, Echo, Lines, Viewer, all_went_on, content
 from tests.qemu.surveying import until
 from tests.qemu.test_connections import server
 
@@ -153,7 +153,3 @@ def test_everybody_at_once(lab: Lab, cpr: Command, builds: Builds, times: int) -
     assert agent.error is None
     manager.check()
     assert guest.log.sound, guest.log.problems()
-
-
-def all_went_on(before: list[int], now: list[int]) -> bool:
-    return all(later > earlier for earlier, later in zip(before, now, strict=True))

@@ -16,7 +16,7 @@ from tests.lab.linux import LinuxLog
 from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.parties import Wire, backend_for, connected, listens, standard, unique
 from tests.qemu.rounds import rounds
-from tests.qemu.streams import Asker, Echo, Lines, content
+from tests.qemu.streams import Asker, Echo, Lines, all_went_on, content
 from tests.qemu.surveying import until
 from tests.qemu.test_connections import server
 
@@ -61,7 +61,7 @@ def test_not_a_byte_is_lost(lab: Lab, builds: Builds, times: int) -> None:
                 result = cpr.update(name, builds(ROUTE[number % len(ROUTE)]))
                 assert result.code == 0, str(result)
                 so_far = [p.progress for p in parties]
-                until(lambda: all(p.progress > b for p, b in zip(parties, so_far, strict=True)), 30)  # noqa: B023
+                until(lambda: all_went_on(so_far, [p.progress for p in parties]), 30)  # noqa: B023
                 assert [p.error for p in parties] == [None] * len(parties)
         lines.check()
         assert [p.error for p in parties] == [None] * len(parties)
