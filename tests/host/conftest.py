@@ -22,6 +22,8 @@ class Hosts:
         self.current: Host | None = None
         self.lines: list[str] = []
         """For the summary: what was measured."""
+        self.silences: list[str] = []
+        """Also for the summary: what was to see of guests that fell silent."""
 
     def get(self, machine: Machine, *, fresh: bool = False) -> Host:
         """A host VM like `machine`: the one that runs if it is, and `fresh` is not asked for."""
@@ -75,6 +77,9 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for line in config.stash[HOSTS].lines:
         terminalreporter.write_line(f"host VM: {line}")
+    for text in config.stash[HOSTS].silences:
+        terminalreporter.section("a guest that fell silent in the host VM")
+        terminalreporter.write_line(text)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

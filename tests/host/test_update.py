@@ -69,6 +69,7 @@ def hung(document: dict[str, Any]) -> bool:
 def test_smoke(hosts: Hosts) -> None:
     host = hosts.get(jumps.SMOKE)  # the one that test_kexec.py has left
     document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=400)
+    hosts.silences += document["silences"]
     if hung(document):
         hosts.lines.append("nested KVM: a guest fell silent after its update, and another one was taken")
         document = host.inside("moves", "7.2", "11.1.a", "--memory", "128M", seconds=400)
@@ -87,6 +88,7 @@ def test_ten_times(host: Host, hosts: Hosts, old: str, new: str, back: bool, gue
     words += ["--back"] if back else []
     document = host.inside("moves", old, new, *words, seconds=1700)
     hosts.lines.append(line(f"nested KVM, {guest} guest, {memory}", document))
+    hosts.silences += document["silences"]
     assert len(document["rounds"]) == TIMES
     for round_ in document["rounds"]:
         judge(round_)
@@ -100,6 +102,7 @@ def test_twenty_times_in_place(host: Host, hosts: Hosts, old: str, new: str) -> 
     words = ["--guest", "linux", "--cpus", 2, "--rounds", 20, "--back", "--engine", "reexec"]
     document = host.inside("moves", old, new, *words, seconds=2300)
     hosts.lines.append(line("nested KVM, linux guest, 2 vCPUs, 256M, re-exec", document))
+    hosts.silences += document["silences"]
     assert len(document["rounds"]) == 20
     for round_ in document["rounds"]:
         judge(round_)

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from tests.host.inside.silence import describe
 from tests.lab import qemu, tap
 from tests.lab.linux import LinuxLog
 from tests.lab.start import Lab
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 START_SECONDS = 90.0
 MOST_SPOILT = 5
+SILENCES: list[str] = []
+"""What was to see of each guest that fell silent."""
 HZ = 25  # each byte on the console is an exit of the nested guest, and dear
 
 
@@ -50,7 +53,7 @@ def main() -> int:
     options = parser.parse_args()
     builds = qemu.obtain(options.old), qemu.obtain(options.new)
     document: dict[str, Any] = {
-        "versions": [build.version for build in builds], "starts": [], "rounds": [], "spoilt": 0,
+        "versions": [build.version for build in builds], "starts": [], "rounds": [], "spoilt": 0, "silences": SILENCES,
     }  # fmt: skip
     while len(document["rounds"]) < options.rounds:
         try:
@@ -93,6 +96,7 @@ class Subject:
                 blocks = log.disk_ok
                 log.wait(lambda: log.disk_ok > blocks, 60, "no blocks written and verified")
         except TimeoutError as error:
+            self.look()
             if self.moved:
                 raise
             raise Spoilt(f"stuck before anything was done: {error}") from None
@@ -128,6 +132,11 @@ class Subject:
             "findings": [finding["message"] for finding in answer.get("findings", [])],
         }
 
+    def look(self) -> None:
+        """Note what is to see of the guest, which is silent."""
+        SILENCES.append(describe(self.pid, self.guest.qmp))
+        note(SILENCES[-1])
+
     def _after(self) -> list[str]:
         log = self.guest.log
         problems: list[str] = []
@@ -146,6 +155,7 @@ class Subject:
                 self.stream.wait_arrivals(20)
         except (TimeoutError, OSError, ValueError) as error:
             problems.append(str(error))
+            self.look()
         if self.stream is not None and not self.stream.sound:
             problems.append(f"TCP stream: {self.stream.error}")
         return [*problems, *log.problems()]
@@ -192,9 +202,11 @@ def started(build: QemuBuild, kind: str, memory: str, accel: str, cpus: int) -> 
                 build, memory=memory, accel=accel, backend=ram, hz=HZ, seconds=START_SECONDS
             )
             seconds = time.monotonic() - began
+            subject = Subject(lab, guest, seconds, None)
             if not walked(guest.log):
+                subject.look()
                 raise Spoilt("reset or stuck before anything was done")
-            yield Subject(lab, guest, seconds, None)
+            yield subject
             return
         network = stack.enter_context(tap.Tap())
         image = lab.directory / "disk"
