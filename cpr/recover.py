@@ -224,9 +224,9 @@ def _in_place(record: Record) -> Outcome:
     if not back and not recover_in_place.executed(record):
         as_before(process, fact.get("changed", ()), fact.get("placed", ()))
         recover_in_place.withdraw(record, process)
-        lost = recover_in_place.listen_again(record, process)
         outcome = _back(record)
-        lost += recover_in_place.mend_monitors(record, process)
+        lost = recover_in_place.mend_monitors(record, process)
+        lost += recover_in_place.let_in(record, process)
         return replace(outcome, notes=(*outcome.notes, *lost))
     try:
         with recover_in_place.session(record, process) as monitor:

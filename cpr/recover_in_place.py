@@ -17,12 +17,12 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import graft, hush, mend, stream
+from cpr.engines import graft, mend, stream
 from cpr.engines.borrow import BORROWED, SECONDS
+from cpr.engines.leftover import close_left
 from cpr.engines.relay import Relay
 from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners, give_vnc
-from cpr.engines.wayback import close_left
 from cpr.errors import CommandFailed, CprError
 from cpr.linux import proc
 from cpr.linux.fds import Fd, take_fd
@@ -77,13 +77,17 @@ def executed(record: Record) -> bool:
     return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
 
 
-def listen_again(record: Record, process: Process) -> list[str]:
-    """Give clients that were not heard for the saving of the state back to the old program. What failed, in words."""
+def let_in(record: Record, process: Process) -> list[str]:
+    """Have the old program take clients that were accepted in its place (`ExecNew`). What failed, in words."""
+    came = record.facts.get("came", {}).get("clients", {})
+    if not came:
+        return []
     try:
-        hush.listen_again(process, record.facts.get("hushed", {}).get("clients", ()))
+        with session(record, process) as monitor:
+            lost = _reconnect(process, monitor, came)
     except (CprError, OSError) as error:
-        return [f"clients that were connected are not heard: {error}"]
-    return []
+        lost = [f"clients that came within the pause are turned away: {error}"]
+    return lost + close_left(process, list(came.values()))
 
 
 def withdraw(record: Record, process: Process) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream
+from cpr.engines.doors import drop
 from cpr.engines.execute import O_CLOEXEC
 from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
-from cpr.engines.successor import waiting_chardevs
+from cpr.engines.successor import SILENT, waiting_chardevs
 from cpr.errors import StepFailed
 from cpr.linux import proc
 from cpr.linux.process import open_process
@@ -21,9 +22,11 @@ from cpr.model import Guest, Step
 from cpr.qemu import clients
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from cpr.engines.inplace import InPlace
+    from cpr.engines.successor import Inherited
     from cpr.run import Run
 
 WNOHANG_ALL = os.WNOHANG | 0x40000000
@@ -49,12 +52,15 @@ class LoadState(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepClients(Step):
-    """Put each client that was connected in the place of ours (dup3 in the process): it never notices. Ptys likewise.
+    """Put each client that was connected in the place of ours (dup3 in the process): it never notices. Ptys likewise,
+    and connections that QEMU has made.
 
     Not before the state is loaded: the new QEMU would swallow their input.
     """
 
     guest: Guest
+    silent: tuple[Inherited, ...]
+    """What stands in for connections that QEMU has made."""
 
     def describe(self) -> str:
         return "give the connected clients their places again"
@@ -69,8 +75,9 @@ class KeepClients(Step):
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         run.successor.execute("query-status")  # it goes on, or there is still a way back
+        silent: dict[str, socket.socket] = run.extra.get("doors", {})
         for label in kept.clients:
-            kept.standing_in.pop(label).close()
+            (silent if label in silent else kept.standing_in).pop(label).close()
 
     def _places(self, run: Run, kept: InPlace) -> Iterator[Call]:
         wanted = tuple(c for c in waiting_chardevs(self.guest) if c.label in kept.clients)
@@ -80,8 +87,11 @@ class KeepClients(Step):
             if chardev.client is None:
                 raise StepFailed(self.describe(), f"{chardev.label}: the new QEMU has not accepted our client")
             number = kept.clients[chardev.label]
-            yield Call("dup3", (number, chardev.client, O_CLOEXEC))
-            yield Call("close", (number,))
+            yield from _put(number, chardev.client)
+        for entry in self.silent:
+            if (kept_as := kept.clients.get(entry.name.removeprefix(SILENT))) is not None:
+                assert entry.target is not None
+                yield from _put(kept_as, entry.target)
 
     def _ptys(self, run: Run, kept: InPlace) -> Iterator[Call]:
         """The masters in the places of those that the new QEMU has made."""
@@ -94,8 +104,13 @@ class KeepClients(Step):
         for label, number in kept.ptys.items():
             if label not in made:
                 raise StepFailed(self.describe(), f"{label}: the new QEMU has made no pty")
-            yield Call("dup3", (number, made[label], O_CLOEXEC))
-            yield Call("close", (number,))
+            yield from _put(number, made[label])
+
+
+def _put(number: int, place: int) -> Iterator[Call]:
+    """A kept descriptor gets the place of another one."""
+    yield Call("dup3", (number, place, O_CLOEXEC))
+    yield Call("close", (number,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +132,7 @@ class LetClientsIn(Step):
         for sock in kept.standing_in.values():
             sock.close()
         kept.standing_in.clear()
+        drop(run)
         ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
         try:
             kept.tracer.run(Attach())

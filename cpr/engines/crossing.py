@@ -22,6 +22,8 @@ from cpr.qemu.state_end import CHUNK, SOCKET_BYTES, Ending
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cpr.qemu.state_end import Mark
+
 
 LAST = 4
 """Bytes that the new QEMU has to wait for."""
@@ -49,7 +51,7 @@ class Crossing:
         source: socket.socket,
         sink: socket.socket,
         stop: Callable[[], None],
-        genuine: Callable[[], bool] = lambda: True,
+        genuine: Callable[[Mark], bool] = lambda _: True,
     ) -> None:
         self._source = source
         self._sink = sink

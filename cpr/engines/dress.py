@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 SENT = "rehearsal:sent"
 """In `Run.extra` while the guest's QEMU has settings, or stands still, because of us: how many events came before."""
+MARK = "rehearsal:mark"
+"""In `Run.extra` afterwards: how the state of a guest that runs has ended."""
 PAUSE = "rehearsal:pause"
 """In `Run.extra` afterwards: seconds from STOP to RESUME."""
 ENDED = ("none", *migration.ENDED)
@@ -138,7 +140,7 @@ class RehearseState(Step):
         def failed() -> bool:
             return migration.has_failed(run.monitor.events()[seen:])
 
-        with _failing(Tee(source, sinks)):
+        with _failing(Tee(source, sinks)) as tee:
             # before STOP they are read, and after it compared
             stop = run.wait_event(run.monitor, {"STOP"}, self.describe(), after=seen, unless=failed)
             if stop is None:
@@ -146,6 +148,7 @@ class RehearseState(Step):
                 raise StepFailed(self.describe(), f"the guest's QEMU could not send its state: {words}")
             run.blackout_began = time.monotonic()
             refusing = self._refusing(run, parties, seen)
+            run.extra[MARK] = tee.mark
         resume = run.wait_event(run.monitor, {"RESUME"}, self.describe(), after=seen)
         assert resume is not None
         self._settle(run)
@@ -230,8 +233,8 @@ def _incoming(qemu: Started) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _failing(tee: Tee) -> Iterator[None]:
+def _failing(tee: Tee) -> Iterator[Tee]:
     try:
-        yield
+        yield tee
     finally:
         tee.fail()

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream, threads
 from cpr.engines.borrow import sessions
+from cpr.engines.doors import drop
 from cpr.engines.inplace import STATE, InPlace, hold_clients, in_place
 from cpr.engines.prepare import greet
-from cpr.engines.successor import MARK, doors, run_mark, waiting_chardevs
+from cpr.engines.successor import MARK, callers, doors, run_mark, waiting_chardevs
+from cpr.engines.switch import CLIENT
 from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.linux.births import Birth
+    from cpr.model import Chardev
     from cpr.run import Run
 
-LOOKS = 20
-"""How often it is looked whether nobody is about to be accepted, before the threads are stopped for good."""
 F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
 
 
@@ -54,7 +55,7 @@ class ExecNew(Step):
     def do(self, run: Run) -> None:
         kept = in_place(run)
         try:
-            self._stop_between_clients(run, kept)
+            self._stop(run, kept)
             self._stand_in(run, kept)
             calls = list(self._calls(run, kept))
             kept.map = self._map(kept)
@@ -73,25 +74,30 @@ class ExecNew(Step):
         run.new_monitor = greet(run, self.describe(), control, stream.load_commands(kept.given[STATE]))
         kept.tracer.post(Look())
 
-    def _stop_between_clients(self, run: Run, kept: InPlace) -> None:
-        """Stop all threads in a moment in which nobody waits to be accepted."""
-        shut = {c.label: run.descriptors[f"listener:{c.label}"] for c in doors(self.guest)}
-        for _ in range(LOOKS):
-            kept.tracer.run(Attach())
-            waiting = [label for label, fd in shut.items() if select.select([fd.number], [], [], 0)[0]]
-            self._look(run, kept)
-            taken = [label for label in waiting if label in kept.clients]
-            if taken:
-                raise StepFailed(
-                    self.describe(),
-                    f"a second client waits for {', '.join(taken)}, and would take the place of the first",
-                    hint="end the second client and try again",
-                )
-            if not waiting:
-                return
-            kept.tracer.run(Detach())
-            run.check(self.describe())
-        raise StepFailed(self.describe(), f"clients keep coming to {', '.join(waiting)}", hint="try again")
+    def _stop(self, run: Run, kept: InPlace) -> None:
+        """Stop all threads. Who waits to be accepted is so in QEMU's place, or the new one would start with him."""
+        kept.tracer.run(Attach())
+        self._look(run, kept)
+        waiting = [c for c in doors(self.guest) if _waited_for(run, c)]
+        if not waiting:
+            return
+        if taken := [c.label for c in waiting if c.label in kept.clients]:
+            raise StepFailed(
+                self.describe(),
+                f"a second client waits for {', '.join(taken)}, and would take the place of the first",
+                hint="end the second client and try again",
+            )
+        if shy := [c.label for c in waiting if not c.plain]:
+            raise StepFailed(self.describe(), f"a client has just come to {', '.join(shy)}", hint="try again")
+        before = set(kept.clients)
+        calls = (Call("accept4", (c.listener or 0, 0, 0, os.O_NONBLOCK | O_CLOEXEC)) for c in waiting)
+        kept.tracer.run(Batch(tuple(calls)))
+        self._look(run, kept)
+        kept.came = {label: number for label, number in kept.clients.items() if label not in before}
+        inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.came}
+        run.journal.fact("came", clients={label: (number, inodes[label]) for label, number in kept.came.items()})
+        if more := [c.label for c in waiting if _waited_for(run, c)]:
+            raise StepFailed(self.describe(), f"clients keep coming to {', '.join(more)}", hint="try again")
 
     def _look(self, run: Run, kept: InPlace) -> None:
         """Who is connected, and whether a file was opened since the chains were compared."""
@@ -126,7 +132,7 @@ class ExecNew(Step):
         survive = [*kept.clients.values(), *kept.ptys.values(), kept.given[STATE]]
         survive += [session.kept.number for session in sessions(run).values()]
         moved: list[tuple[int, int]] = []
-        for entry in self.successor.inherited:
+        for entry in self._inherited(kept):
             if entry.source is not None:
                 self._same(run, entry)
                 survive.append(entry.source)
@@ -143,6 +149,11 @@ class ExecNew(Step):
             yield Call("fcntl", (number, F_SETFD, FD_CLOEXEC))
         for source, target in moved:
             yield Call("dup3", (source, target, 0))
+
+    def _inherited(self, kept: InPlace) -> list[Inherited]:
+        """But for connections that QEMU had made and has no more: the new one finds that its silent one hangs up."""
+        gone = {c.label for c in callers(self.guest)} - kept.clients.keys()
+        return [e for e in self.successor.inherited if e.name not in {f"connection:{label}" for label in gone}]
 
     def _same(self, run: Run, entry: Inherited) -> None:
         ours = os.fstat(run.descriptors[entry.name].number)
@@ -189,7 +200,7 @@ class ExecNew(Step):
     def _map(self, kept: InPlace) -> fdmap.FdMap:
         """What the new program finds under which number."""
         pid = self.guest.process.pid
-        named = {_map_name(e.name): e.source for e in self.successor.inherited if e.source is not None}
+        named = {_map_name(e.name): e.source for e in self._inherited(kept) if e.source is not None}
         named |= {fdmap.pty(label): number for label, number in kept.ptys.items()}
         named |= {fdmap.client(label): number for label, number in kept.clients.items()}
         named[fdmap.STATE] = kept.given[STATE]
@@ -212,6 +223,7 @@ class ExecNew(Step):
             with sock, contextlib.suppress(OSError):  # or the next update would find a client that waits there
                 clients.withdraw(run.descriptors[f"listener:{label}"], self.guest.process.pid, sock)
         if kept.executed:
+            drop(run)
             bring_back(run, self.guest, self.back, kept)
             return
         if kept.console is not None:
@@ -221,6 +233,11 @@ class ExecNew(Step):
         if kept.changed:
             assert run.old is not None
             as_before(run.old, kept.changed, _placed(self.successor))
+
+
+def _waited_for(run: Run, chardev: Chardev) -> bool:
+    """Whether somebody waits to be accepted."""
+    return bool(select.select([run.descriptors[f"listener:{chardev.label}"].number], [], [], 0)[0])
 
 
 def as_before(process: Process, changed: Sequence[int], placed: Sequence[int]) -> None:

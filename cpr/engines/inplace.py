@@ -14,10 +14,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cpr.engines import fdmap, hush, stream
+from cpr.engines import dress, fdmap, leftover, stream
+from cpr.engines.crossing import narrow
 from cpr.engines.prepare import note_settings, same_runstate, shared_files, words_of
 from cpr.engines.successor import waiting_chardevs
-from cpr.engines.switch import CLIENT, make_room, take_room_back
+from cpr.engines.switch import CLIENT, make_room, reconnect, still_calling, take_room_back
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import fds, likeness, terminal
 from cpr.linux.address_space import AddressSpace
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from cpr.run import Run
 
 STATE = "cpr-state"
-SILENT = "cpr-silent"
 
 
 @dataclass(slots=True)
@@ -51,8 +51,10 @@ class InPlace:
     """Numbers in the guest's process of what it was given over its monitor."""
     clients: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the clients that are kept, by chardev."""
-    hushed: list[tuple[int, int]] = field(default_factory=list)
-    """Number and inode of the clients' connections that are not heard while the state is saved."""
+    held: bool = False
+    """QEMU stands still behind its state, and neither reads nor answers."""
+    came: dict[str, int] = field(default_factory=dict)
+    """Of the clients, those that came when QEMU accepted nobody any more."""
     ptys: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the masters of its ptys, by chardev."""
     loose: tuple[int, ...] = ()
@@ -112,10 +114,9 @@ class PrepareExec(Step):
         run.closing.callback(kept.places.close)
         self._hold_memory(run, kept)
         kept.console = self._console(run)
-        names = [STATE, SILENT, *(e.name for e in new.inherited if e.source is None)]
+        names = [STATE, *(e.name for e in new.inherited if e.source is None)]
         run.journal.fact("given", names=[_label(name) for name in (*names, new.control)])
         self._give(run, kept, STATE, kept.state.number)
-        hush.give_silence(lambda number: self._give(run, kept, SILENT, number))
         for entry in new.inherited:
             if entry.source is None:
                 self._give(run, kept, entry.name, run.descriptors[entry.name].number)
@@ -196,6 +197,7 @@ class PrepareSave(Step):
         here, there = socket.socketpair()
         run.closing.callback(here.close)
         with there:
+            narrow(there)
             run.monitor.send_fd(stream.NAME, there.fileno())
         run.extra["stream"] = here
         kept, pid = in_place(run), self.guest.process.pid
@@ -222,6 +224,10 @@ def hold_clients(run: Run, guest: Guest) -> dict[str, int]:
         if chardev.client is not None:
             run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
             found[chardev.label] = chardev.client
+    for chardev in still_calling(run, guest):
+        assert chardev.client is not None
+        run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
+        found[chardev.label] = chardev.client
     return found
 
 
@@ -244,7 +250,11 @@ class MakeRoom(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveState(Step):
-    """`stop`, nobody is heard any more (hush.py), and `migrate` into a memory file that the guest's process has too."""
+    """`stop`, and `migrate` into a memory file that the guest's process has too.
+
+    Where the state is complete nothing more is read of what QEMU sends, and so it reads nothing more of what clients
+    say, nor accepts anybody (qemu/state_end.py). So its block chains are asked for before.
+    """
 
     guest: Guest
 
@@ -257,33 +267,25 @@ class SaveState(Step):
         run.blackout_began = time.monotonic()
         if self.guest.running:
             run.monitor.execute("stop")
-        self._hush(run)
-        stream.save(run, in_place(run).state.number, self.describe())
+        run.extra["chains"] = run.monitor.execute("query-block")
+        kept = in_place(run)
+        kept.held = stream.save(run, kept.state.number, run.extra.get(dress.MARK), self.describe())
+        if not kept.held and (labels := [*hold_clients(run, self.guest)]):
+            run.notes.append(f"what was said to {', '.join(labels)} within the pause may be lost")
         if self.guest.running:
             stop = [event for event in run.monitor.events()[seen:] if event.name == "STOP"]
             if not stop:
                 raise StepFailed(self.describe(), "the guest did not stop")
             run.stop_time = stop[0].timestamp
-        run.extra["chains"] = run.monitor.execute("query-block")
-
-    def _hush(self, run: Run) -> None:
-        assert run.old is not None
-        kept = in_place(run)
-        kept.clients = hold_clients(run, self.guest)
-        inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.clients}
-        kept.hushed = [(number, inodes[label]) for label, number in kept.clients.items()]
-        run.journal.fact("hushed", clients=kept.hushed)
-        try:
-            hush.hush(run.old, kept.tracer, kept.clients.values(), kept.given[SILENT])
-        except OSError as error:
-            raise StepFailed(self.describe(), f"{error.strerror or error}") from None
 
     def undo(self, run: Run) -> None:
         kept = in_place(run)
         if kept.executed:
             return
-        if kept.hushed:
-            assert run.old is not None
-            kept.tracer.close()
-            hush.listen_again(run.old, kept.hushed)
+        run.extra["stream"].close()  # it goes on from the middle of its words
         stream.go_on_after_save(run, self.guest)
+        if kept.came:
+            assert run.old is not None
+            inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.came}
+            reconnect(run, run.monitor, {label: run.descriptors[CLIENT + label] for label in kept.came})
+            run.notes += leftover.close_left(run.old, [(number, inodes[label]) for label, number in kept.came.items()])

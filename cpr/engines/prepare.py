@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cpr.engines.doors import Shutting, drop
 from cpr.engines.settings import Settings, set_discard
-from cpr.engines.successor import MARK, run_mark
+from cpr.engines.successor import MARK, SILENT, run_mark
 from cpr.engines.taps import TapGuard
 from cpr.errors import MonitorError, MonitorHeld, NewQemuDied, StepFailed
 from cpr.linux import fds, likeness, proc, procfile
@@ -87,7 +87,9 @@ class TakeDescriptors(Step):
     def do(self, run: Run) -> None:
         assert run.old is not None
         for entry in self.inherited:
-            if entry.source is None:
+            if entry.name.startswith(SILENT):
+                fd = self._silent(run, entry.name.removeprefix(SILENT))
+            elif entry.source is None:
                 fd = fds.Fd(os.open(entry.path, os.O_RDWR | os.O_CLOEXEC))
             else:
                 fd = fds.take_fd(run.old.pidfd, entry.source)
@@ -103,7 +105,14 @@ class TakeDescriptors(Step):
             with contextlib.suppress(OSError):
                 run.descriptors[f"stdio:{number}"] = fds.take_fd(run.old.pidfd, number)
 
+    def _silent(self, run: Run, label: str) -> fds.Fd:
+        """A connection for the new QEMU to start with; our end is to be closed when it gets the real one."""
+        ours, theirs = socket.socketpair()
+        run.extra.setdefault("doors", {})[label] = ours
+        return fds.Fd(theirs.detach())
+
     def undo(self, run: Run) -> None:
+        drop(run)
         release(run)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cpr.engines import after, arrive, borrow, dress, execute, fit, inplace, prepare, switch
 from cpr.engines.handover import unknown_numbers, vnc_listeners
-from cpr.engines.successor import successor
+from cpr.engines.successor import SILENT, successor
 from cpr.model import Finding, Severity, Target
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ class Reexec:
             ),
             arrive.LoadState(guest=guest, blackout=True),
             switch.CompareChains(guest=guest, old=False, new=True, blackout=True),
-            arrive.KeepClients(guest=guest, blackout=True),
+            arrive.KeepClients(
+                guest=guest,
+                silent=tuple(entry for entry in new.inherited if entry.name.startswith(SILENT)),
+                blackout=True,
+            ),
             switch.Continue(commit=True, blackout=True) if guest.running else switch.Decide(commit=True),
         ]
         if held or prompts:

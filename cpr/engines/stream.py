@@ -23,6 +23,7 @@ from cpr.linux import fds, proc
 from cpr.model import Runstate
 from cpr.qemu import clients, migration
 from cpr.qemu.first_words import Command
+from cpr.qemu.state_end import Ending
 from cpr.run import resume_old
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from cpr.model import Guest
     from cpr.qemu.qmp import Monitor, Pending
+    from cpr.qemu.state_end import Mark
     from cpr.run import Run
 
 NAME = "cpr-stream"
@@ -93,7 +95,7 @@ def begin(run: Run, guest: Guest, seen: int) -> Pending:
         run.successor.execute("migrate-incoming", uri=f"fd:{NAME}")
         return pending
 
-    def stopped() -> bool:
+    def stopped(_: Mark) -> bool:
         with contextlib.suppress(TimeoutError, MonitorError):
             monitor.wait_event({"STOP"}, timeout=STOP_SECONDS, after=seen)
             return True
@@ -147,29 +149,45 @@ def undo(run: Run) -> None:
             run.monitor.execute("closefd", fdname=name)
 
 
-def save(run: Run, state: int, step: str) -> None:
+def save(run: Run, state: int, expected: Mark | None, step: str) -> bool:
     """Have the old QEMU send its state to us (`run.extra["stream"]`), and write it to the memory file `state`.
 
+    Whether it stands still now in the middle of the words behind its state, reads nothing and answers nothing, until it
+    is hung up on. `expected`: the end of a state that it has sent before.
+
     Raises:
-        StepFailed: it did not come to its end.
+        StepFailed, CommandFailed: it did not come to its end.
     """
     here: socket.socket = run.extra["stream"]
-    run.monitor.execute("migrate", uri=f"fd:{NAME}")
+    sending = run.monitor.submit("migrate", uri=f"fd:{NAME}")  # the answer may never come
+    ending = Ending(lambda mark: expected is None or mark.resembles(expected))
     here.settimeout(SLICE)
-    while True:
+    while not ending.complete:
         try:
-            data = here.recv(CHUNK)
+            data = here.recv(CHUNK, socket.MSG_PEEK)
         except TimeoutError:
             run.check(step)
-            if migration.has_failed(run.monitor.events()[run.extra["seen_old"] :]):
+            if sending.failed or migration.has_failed(run.monitor.events()[run.extra["seen_old"] :]):
                 break
             continue
+        passed, used = ending.feed(data) if data else (ending.release(), 0)
+        while used:
+            used -= len(here.recv(used))
+        while passed:
+            passed = passed[os.write(state, passed) :]
         if not data:
             break
-        while data:
-            data = data[os.write(state, data) :]
     os.lseek(state, 0, os.SEEK_SET)  # the position is the same for whoever has it
-    # QEMU has closed its end; that it is content shows a moment later
+    if ending.complete and ending.mark is not None and ending.mark.holds:
+        return True
+    if not ending.complete:
+        _saved(run, sending, step)
+    return False
+
+
+def _saved(run: Run, sending: Pending, step: str) -> None:
+    """All has come that QEMU sends; that it is content shows a moment later."""
+    sending.result()
     while (status := run.monitor.execute("query-migrate").get("status")) in ("active", "device", "setup"):
         run.check(step)
     if status != "completed":

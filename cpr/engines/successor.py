@@ -12,15 +12,15 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.qemu import chardevs, given_taps
 from cpr.qemu import cmdline as cl
-from cpr.qemu import given_taps
 from cpr.qemu.chardevs import CONTROL, GDB, gdb_device
 from cpr.qemu.options import translate
 from cpr.qemu.readconfig import inline_readconfig
 from cpr.qemu.variables import DROPPED, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from cpr.model import Chardev, Guest, Target
 
@@ -35,6 +35,9 @@ VHOST_NET = "/dev/vhost-net"
 IN_PLACE_DISTANCE = 100
 """Between the highest descriptor of the old QEMU and those that it is given for its successor."""
 
+SILENT = "silent:"
+"""How the names of inherited connections begin on which nothing comes."""
+
 PLUGGED_BY_CLIENTS = ("usb-serial", "usb-braille", "usb-redir", "ccid-card-passthru")
 """Devices that the guest sees plugged in when a client comes: their doors are left open."""
 
@@ -44,7 +47,8 @@ MARK = "CPR_RUN"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
-    """One descriptor of the new QEMU: taken from number `source` of the old one, or opened afresh at `path`.
+    """One descriptor of the new QEMU: taken from number `source` of the old one, opened afresh at `path`, or, without
+    either, an end of a socket pair whose other end is ours.
 
     `target`: its number there; None where it is sent over the monitor. Of a QEMU that is replaced in place `source` and
     `target` are the same.
@@ -102,16 +106,24 @@ def base_command(guest: Guest) -> cl.CommandLine:
     return cl.normalise_chardevs(inline_readconfig(line, lambda path: files[path]))
 
 
-def doors(guest: Guest) -> tuple[Chardev, ...]:
-    """Chardevs that listen for clients, but for monitors (`OccupyMonitors`)."""
+def _talkers(guest: Guest) -> Iterator[Chardev]:
+    """Chardevs that are sockets, but for monitors, and for those where the guest would see a device come and go."""
     devices = [d.params for d in cl.devices(base_command(guest)) if d.driver.startswith(PLUGGED_BY_CLIENTS)]
     spared = {params.get("chardev") for params in devices}
-    return tuple(
-        c
-        for c in guest.chardevs
-        if c.backend == "socket" and c.server and not c.monitor and c.in_argv and c.listener is not None
-        if c.label not in spared
-    )
+    for chardev in guest.chardevs:
+        if chardev.backend == "socket" and not chardev.monitor and chardev.in_argv and chardev.label not in spared:
+            yield chardev
+
+
+def doors(guest: Guest) -> tuple[Chardev, ...]:
+    """Chardevs that listen for clients, but for monitors (`OccupyMonitors`)."""
+    return tuple(c for c in _talkers(guest) if c.server and c.listener is not None)
+
+
+def callers(guest: Guest) -> tuple[Chardev, ...]:
+    """Chardevs whose connection QEMU has made. The new QEMU would read from it as soon as it starts, and what it reads
+    before it has the guest is lost: so it starts with a silent one, and is given this one later."""
+    return tuple(c for c in _talkers(guest) if not c.server and c.client is not None)
 
 
 def waiting_chardevs(guest: Guest) -> tuple[Chardev, ...]:
@@ -151,6 +163,8 @@ def successor(
     inherited: list[Inherited] = []
     notes: list[str] = []
     shut = waiting_chardevs(guest) if in_place else ()
+    calling = callers(guest)
+    inodes = {file.number: file.inode for file in guest.open_files}
 
     def take(name: str, source: int, inode: int = 0) -> int:
         number = source if in_place else numbers()
@@ -174,7 +188,13 @@ def successor(
         if source is None:
             continue
         kind = "listener" if chardev.server else "connection"
-        number = take(f"{kind}:{chardev.label}", source)
+        if chardev in calling:
+            number = numbers()
+            kept = source if in_place else None
+            inherited.append(Inherited(name=f"{kind}:{chardev.label}", source=source, target=kept))
+            inherited.append(Inherited(name=SILENT + chardev.label, target=number))
+        else:
+            number = take(f"{kind}:{chardev.label}", source)
         wait = chardev.server and (chardev in monitors or chardev in shut)
         line = cl.with_chardev_fd(line, chardev.label, number, server=chardev.server, wait=wait)
     line = _with_taps(line, guest, take, numbers, inherited)
@@ -207,7 +227,13 @@ def successor(
     line = cl.append_options(cl.for_incoming(line), target.extra_options)
     return Successor(
         argv=tuple(line.argv()),
-        environ=environment(guest, target, mark=run_mark(run_id, guest.process.pid), pidfile=guest.pidfile),
+        environ=environment(
+            guest,
+            target,
+            mark=run_mark(run_id, guest.process.pid),
+            pidfile=guest.pidfile,
+            connections={c.label: inodes[c.client] for c in calling if c.client in inodes},
+        ),
         inherited=tuple(inherited),
         control=control,
         control_number=control_number,
@@ -275,11 +301,17 @@ def _with_fdsets(line: cl.CommandLine, guest: Guest, take: Callable[[str, int], 
     return line
 
 
-def environment(guest: Guest, target: Target, *, mark: str = "", pidfile: str = "") -> tuple[tuple[str, str], ...]:
-    """The guest's variables, and what an update leaves for the next one. `pidfile`: where argv does not name it."""
+def environment(
+    guest: Guest, target: Target, *, mark: str = "", pidfile: str = "", connections: Mapping[str, int] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The guest's variables, and what an update leaves for the next one.
+
+    `pidfile`: where argv does not name it. `connections`: inodes of those that argv names by another number.
+    """
     kept = [(k, v) for k, v in guest.environ if not DROPPED.match(k)]
     ours = {MARK: mark, "CPR_PIDFILE": pidfile}
     ours[given_taps.NOTE] = given_taps.note(given_taps.taps_as_given(base_command(guest), guest.environ))
+    ours[chardevs.NOTE] = json.dumps(connections) if connections else ""
     if target.extra_options:
         ours["CPR_QEMU_OPTIONS"] = json.dumps(list(target.extra_options))
     return (*kept, *((k, v) for k, v in ours.items() if v))

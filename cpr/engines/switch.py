@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cpr.engines import stream
 from cpr.engines.doors import go_on, open_doors, stop_accepting
 from cpr.engines.prepare import same_runstate
+from cpr.engines.successor import callers
 from cpr.engines.taps import TapGuard
 from cpr.errors import CommandFailed, CprError, NewQemuDied, StepFailed
 from cpr.linux import fds, proc
@@ -258,15 +259,24 @@ def clients_held(run: Run) -> list[tuple[str, fds.Fd]]:
     return [(n.removeprefix(CLIENT), fd) for n, fd in run.descriptors.items() if n.startswith(CLIENT)]
 
 
+def reconnect(run: Run, monitor: qmp.Monitor, held: Mapping[str, fds.Fd]) -> None:
+    """Clients go on in the old program, by chardev; one whose place somebody has taken is told of."""
+    for label, fd in held.items():
+        try:
+            monitor.send_fd("cpr-client", fd.number)
+            monitor.execute("add_client", protocol=label, fdname="cpr-client")
+        except CommandFailed as error:
+            run.notes.append(f"{label}: its client lost its place on the way back ({error.description})")
+
+
 def _send_clients(run: Run, guest: Guest) -> dict[str, int]:
     """Pass every client that is connected now to the new QEMU; {label: inode of its socket}."""
     assert run.old is not None
     servers = [c for c in guest.chardevs if f"listener:{c.label}" in run.descriptors and not c.monitor]
-    if not servers:
-        return {}
     listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in servers}
+    connected = movable(clients.connected_now(run.old.pid, tuple(servers), listeners)) if servers else ()
     sent = {}
-    for chardev in movable(clients.connected_now(run.old.pid, tuple(servers), listeners)):
+    for chardev in (*connected, *still_calling(run, guest)):
         assert chardev.client is not None
         client = fds.take_fd(run.old.pidfd, chardev.client)
         if (before := run.descriptors.pop(CLIENT + chardev.label, None)) is not None:
@@ -275,6 +285,14 @@ def _send_clients(run: Run, guest: Guest) -> dict[str, int]:
         sent[chardev.label] = os.fstat(client.number).st_ino
         run.successor.send_fd(_client_name(chardev.label), client.number)
     return sent
+
+
+def still_calling(run: Run, guest: Guest) -> list[Chardev]:
+    """Chardevs whose connection QEMU has made and still has."""
+    assert run.old is not None
+    there = clients.sockets_among(clients.descriptor_targets(run.old.pid))
+    inodes = {c.label: os.fstat(run.descriptors[f"connection:{c.label}"].number).st_ino for c in callers(guest)}
+    return [c for c in callers(guest) if there.get(inodes[c.label]) == c.client]
 
 
 def _client_name(label: str) -> str:

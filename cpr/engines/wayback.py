@@ -14,23 +14,20 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import fdmap, graft, stream
+from cpr.engines import graft, leftover, stream
 from cpr.engines.borrow import NOWHERE, note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
-from cpr.engines.switch import PassVncListeners, clients_held
-from cpr.errors import CommandFailed, CprError, StepFailed
+from cpr.engines.switch import PassVncListeners, clients_held, reconnect
+from cpr.errors import CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
-from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Tracer
+from cpr.linux.tracer import Tracer
 from cpr.qemu import clients, qmp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Successor
     from cpr.linux.fds import Fd
@@ -83,7 +80,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
                 run.extra["lost"] = "the guest is down: the new QEMU failed, and the old one could not be started again"
                 raise
             run.notes.append(f"on the way back, tried again: {error.message}")
-    _reconnect(run)
+    reconnect(run, run.successor, dict(clients_held(run)))
     seen = monitor.event_count
     if guest.running:
         monitor.execute("cont")
@@ -93,7 +90,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     run.old_monitor, run.new_monitor = monitor, None
     _put_back(run, guest, back)
     _give_monitors_back(run, process)
-    run.notes += close_left(process, placed.left)
+    run.notes += leftover.close_left(process, placed.left)
 
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor, Placed]:
@@ -180,17 +177,6 @@ def _like(guest: Guest, kept: InPlace) -> likeness.Likeness:
     return kept.like
 
 
-def _reconnect(run: Run) -> None:
-    """Clients that were connected go on; one whose place somebody has taken is told of."""
-    monitor = run.successor
-    for label, fd in clients_held(run):
-        try:
-            monitor.send_fd("cpr-client", fd.number)
-            monitor.execute("add_client", protocol=label, fdname="cpr-client")
-        except CommandFailed as error:
-            run.notes.append(f"{label}: its client lost its place on the way back ({error.description})")
-
-
 def _put_back(run: Run, guest: Guest, back: Successor) -> None:
     """The guest runs; what fails now is told, and nothing more."""
     assert run.old is not None
@@ -229,20 +215,3 @@ def _give_monitors_back(run: Run, process: Process) -> None:
             run.notes.append(f"{label}: its client lost its session on the way back ({error})")
             session.close()
         del sessions(run)[label]
-
-
-def close_left(process: Process, known: Sequence[Sequence[int]]) -> list[str]:
-    """Close in the process what it needed once: (number, inode) of each. What could not be done, in words."""
-    entries = {str(number): fdmap.Entry(int(number), int(inode)) for number, inode in known}
-    try:
-        numbers = set(fdmap.verify(process.pid, fdmap.FdMap(entries=entries)).good.values())
-    except OSError:  # it has ended
-        return []
-    if not numbers:
-        return []
-    try:
-        with Tracer.start(process) as tracer:
-            tracer.run(Attach(), Batch(tuple(Call("close", (number,)) for number in numbers)), Detach())
-    except (CprError, OSError) as error:
-        return [f"descriptors {', '.join(map(str, numbers))} stay open: {error}"]
-    return []

@@ -6,9 +6,11 @@ command line can give again; the sockets say which descriptors these are.
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cpr.model import Chardev
@@ -30,6 +32,10 @@ OWN_LABEL = "#"
 """Begins the labels that QEMU makes up (util/id.c id_generate); nobody else may use it."""
 MUX_BASE = "-base"
 """What QEMU adds to the label of the chardev below a multiplexer (chardev/char.c)."""
+
+NOTE = "CPR_CONNECTIONS"
+"""Variable: a JSON object of the inodes of connections that QEMU has made, by chardev. An update puts a silent one at
+the number that argv says, and gives this one later, at another."""
 
 CONTROL = "cpr-control"
 """Label of the private monitor that an update adds where the guest has no QMP socket that takes descriptors."""
@@ -100,15 +106,34 @@ def monitor_objects(answers: Answers) -> dict[str, str]:
     return found
 
 
+def noted(environ: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """{chardev: inode of the connection that QEMU has made}, from `NOTE`."""
+    try:
+        value = json.loads(dict(environ).get(NOTE, "{}"))
+    except ValueError:
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {label: inode for label, inode in value.items() if isinstance(inode, int)}
+
+
 def chardevs(
-    answers: Answers, cmdline: cl.CommandLine | None, table: Collection[Endpoint], *, pid: int
+    answers: Answers,
+    cmdline: cl.CommandLine | None,
+    table: Collection[Endpoint],
+    *,
+    pid: int,
+    noted: Mapping[str, int] | None = None,
 ) -> tuple[Chardev, ...]:
-    """Every chardev there is, by label; not an earlier update's `CONTROL`, which is nobody's any more."""
+    """Every chardev there is, by label; not an earlier update's `CONTROL`, which is nobody's any more.
+
+    `noted`: see the function of that name.
+    """
     listed = answers.read("query-chardev", parse_chardevs, ())
     modes = monitor_objects(answers)
     if cmdline is not None:
         modes |= {m.label: m.mode for m in cl.monitors(cmdline)}
-    return tuple(c for c in join(listed, cmdline, modes, table, pid=pid) if c.label != CONTROL)
+    return tuple(c for c in join(listed, cmdline, modes, table, pid=pid, noted=noted or {}) if c.label != CONTROL)
 
 
 def join(
@@ -118,6 +143,7 @@ def join(
     table: Collection[Endpoint],
     *,
     pid: int,
+    noted: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Chardev, ...]:
     """The pure part, but for the backlog of UNIX listeners, which the kernel is asked for."""
     given = {c.label: c for c in cl.chardevs(cmdline)} if cmdline is not None else {}
@@ -145,6 +171,7 @@ def join(
                 mode=modes.get(label, ""),
                 table=table,
                 pid=pid,
+                noted=noted.get(label, 0),
             )
         )
     return tuple(found)
@@ -161,6 +188,7 @@ def _chardev(
     mode: str,
     table: Collection[Endpoint],
     pid: int,
+    noted: int,
 ) -> Chardev:
     given = argv.socket if argv is not None else None
     backend = argv.backend if argv is not None else what.backend
@@ -174,7 +202,7 @@ def _chardev(
     if listener is not None:
         client = _accepted(what, sockets.clients_of(table, listener))
     elif backend == "socket" and not server:
-        client = _outgoing(what, argv, table, pid)
+        client = _outgoing(what, argv, table, pid, noted)
     else:
         client = None
     return Chardev(
@@ -224,9 +252,13 @@ def _accepted(what: Described, clients: tuple[Endpoint, ...]) -> Endpoint | None
     return clients[0] if len(clients) == 1 and what.connected else None
 
 
-def _outgoing(what: Described, argv: Given | None, table: Collection[Endpoint], pid: int) -> Endpoint | None:
+def _outgoing(
+    what: Described, argv: Given | None, table: Collection[Endpoint], pid: int, noted: int
+) -> Endpoint | None:
     if not what.connected:
         return None
+    if noted:
+        return next((e for e in table if e.inode == noted and e.connected), None)
     numbered = _numbered(argv, table)
     if numbered is not None and not numbered.listening:
         return numbered

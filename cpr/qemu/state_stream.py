@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from cpr.errors import CommandFailed
 from cpr.linux.fds import Fd, descriptor_table
+from cpr.qemu.state_end import Ending
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cpr.qemu.qmp import Monitor
+    from cpr.qemu.state_end import Mark
 
 CHUNK = 1 << 20
 WAITING = 64 << 20
@@ -49,12 +51,18 @@ class Tee:
 
     def __init__(self, source: socket.socket, sinks: Sequence[socket.socket]) -> None:
         self._source = source
+        self._ending = Ending(lambda _: False)
         self._sinks = {sink.fileno(): sink for sink in sinks}
         self._waiting = {number: bytearray() for number in self._sinks}
         for sock in (source, *sinks):
             sock.setblocking(False)
         self._thread = threading.Thread(target=self._pass_on, name="state", daemon=True)
         self._thread.start()
+
+    @property
+    def mark(self) -> Mark | None:
+        """Of the end of what has come so far."""
+        return self._ending.mark
 
     def fail(self) -> None:
         """Tell the sender that its state was not taken, and hang up. Safe to repeat."""
@@ -93,6 +101,7 @@ class Tee:
             return True
         except OSError:
             return False
+        self._ending.feed(data)
         for waiting in self._waiting.values():
             waiting += data
         for number in list(self._waiting):

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 DROPPED = re.compile(
-    r"^(CPR_FD_.*|CPR_RUN|CPR_RUN_PENDING|CPR_PIDFILE|CPR_QEMU_OPTIONS|CPR_NETDEVS"
+    r"^(CPR_FD_.*|CPR_RUN|CPR_RUN_PENDING|CPR_PIDFILE|CPR_QEMU_OPTIONS|CPR_NETDEVS|CPR_CONNECTIONS"
     r"|QEMU_FD_.*|QEMU_BOOL_.*|QEMU_CPR_.*|QEMU_ADDR_.*|QEMU_LEN_.*|QEMU_START_FREEZE)$",
     re.DOTALL,
 )
 """Planted or left over: never acted on, never passed on."""
 
-OURS = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS", "CPR_NETDEVS")
+OURS = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS", "CPR_NETDEVS", "CPR_CONNECTIONS")
 """What an update leaves for the next one to read; only what was not put there by one is worth a note."""
 
 

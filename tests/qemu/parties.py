@@ -117,11 +117,19 @@ class Party:
 class Wire(Party):
     """One connection, never made again. `ended` says how it ended, if it did."""
 
-    def __init__(self, address: Address, log: ConsoleLog | None = None, *, elsewhere: bool = False) -> None:
+    def __init__(
+        self,
+        address: Address,
+        log: ConsoleLog | None = None,
+        *,
+        elsewhere: bool = False,
+        peer: socket.socket | None = None,
+    ) -> None:
+        """peer: what has been connected to `address` already."""
         super().__init__()
         self.log = log if log is not None else ConsoleLog()
         self.ended = ""
-        self.peer = connected_elsewhere(address) if elsewhere else connected(address)
+        self.peer = peer or (connected_elsewhere(address) if elsewhere else connected(address))
         self.began = time.monotonic()
 
     def work(self) -> None:
@@ -329,12 +337,13 @@ def counted(
     pidfile: Path | None = None,
     running: bool = True,
     elsewhere: bool = False,
+    calls: bool = False,
 ) -> Any:
     """Start the counting guest with our wire for its console; `Counted`, once it counts (if it is `running`).
 
     `words` replaces the command line's options, `prefix` comes before the program (setpriv, unshare, ...). `bound` is
     the name of the console as QEMU was given it; `pidfile` says who the guest is where it becomes a daemon;
-    `elsewhere`: our wire comes from another network namespace.
+    `elsewhere`: our wire comes from another network namespace; `calls`: it is QEMU that connects to us.
     """
     name = name or unique(lab)
     address = console if console is not None else lab.directory / f"{name}.con"
@@ -344,10 +353,11 @@ def counted(
     command = [
         *prefix,
         *build.command,
-        *(words if words is not None else standard(name, memory, ram, address, monitor if qmp else None)),
+        *(words if words is not None else standard(name, memory, ram, address, monitor if qmp else None, calls=calls)),
         *(counting.arguments(disk) if words is None else ()),
         *extra,
     ]
+    server = _called(address) if calls else None
     process = lab.start(command, name=name, environment=environment, pass_fds=pass_fds)
     if pidfile is not None:
         until(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"))
@@ -357,18 +367,36 @@ def counted(
     there = Path(bound) if bound else address
     until(lambda: not process.alive or listens(there, process.pid))
     assert process.alive, (lab.directory / f"{name}.log").read_text()
-    with Wire(address, log, elsewhere=elsewhere) as wire:
+    peer = None
+    if server is not None:
+        with server:
+            peer = server.accept()[0]
+            peer.setblocking(True)
+    with Wire(address, log, elsewhere=elsewhere, peer=peer) as wire:
         if running:
             log.wait(lambda: log.ticks, 30, "it does not count")
         yield Counted(name, process, wire, log, monitor)
 
 
-def standard(name: str, memory: str, backend: str, console: Address, qmp: Path | None) -> list[str]:
-    """The options of an ordinary guest."""
+def _called(address: Address) -> socket.socket:
+    """A server that waits 20 s for whoever calls."""
+    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.bind(str(address) if isinstance(address, Path) else address)
+    server.listen()
+    server.settimeout(20)
+    return server
+
+
+def standard(
+    name: str, memory: str, backend: str, console: Address, qmp: Path | None, *, calls: bool = False
+) -> list[str]:
+    """The options of an ordinary guest. calls: it connects to its console's client."""
+    role = "" if calls else ",server=on,wait=off"
     return [
         *f"-name {name} -nodefaults -display none -accel tcg -m {memory}".split(),
         *f"-machine q35,memory-backend=ram0 -object {backend},id=ram0,size={memory}".split(),
-        *("-chardev", f"socket,id=console,{words_of(console)},server=on,wait=off", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=console,{words_of(console)}{role}", "-serial", "chardev:console"),
         *(("-qmp", f"unix:{qmp},server=on,wait=off") if qmp else ()),
     ]
 

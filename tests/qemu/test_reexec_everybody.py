@@ -132,6 +132,7 @@ def test_everybody_at_once(lab: Lab, cpr: Command, builds: Builds, times: int) -
                 build = builds(ROUTE[number % len(ROUTE)])
                 result = cpr.update(guest.name, build)
                 assert (result.code, result.guest["pid_after"]) == (0, pid), str(result)
+                assert "may be lost" not in str(result.guest["notes"])
                 so_far = [*(p.progress for p in parties[:-1]), number, manager.answered]
                 until(lambda: all_went_on(so_far, [p.progress for p in parties] + [manager.answered]), 30)  # noqa: B023
                 assert [p.error for p in (*parties, manager)] == [None] * 6

@@ -72,10 +72,13 @@ def tcp(number: int, local: tuple[str, int], remote: tuple[str, int] | None = No
     )
 
 
-def joined(argv: str, listed: list[tuple[str, str]], table: list[Endpoint]) -> dict[str, Chardev]:
+def joined(
+    argv: str, listed: list[tuple[str, str]], table: list[Endpoint], note: str = "{}"
+) -> dict[str, Chardev]:
     command = cl.CommandLine.parse(["qemu", "-nodefaults", *argv.split()])
     rows = [(label, filename, True) for label, filename in listed]
-    return {c.label: c for c in chardevs.join(rows, command, {}, table, pid=1)}
+    known = chardevs.noted([(chardevs.NOTE, note)])
+    return {c.label: c for c in chardevs.join(rows, command, {}, table, pid=1, noted=known)}
 
 
 def test_tcp_clients_are_told_by_their_peer() -> None:
@@ -100,6 +103,24 @@ def test_a_number_in_argv_that_is_something_else_by_now_is_not_believed() -> Non
         [unix(9, "", listening=False), unix(8, "/run/x", listening=True)],
     )["a"]
     assert (found.listener, found.client, found.connected) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("note", "client"),
+    [
+        ('{"a": 1012}', 12),
+        ('{"b": 1012}', 9),
+        ('{"a": 77}', None),  # it has gone
+        ('{"a": 1008}', None),  # that listens
+        ('{"a": "12"}', 9),
+        ('{"a"', 9),
+        ("[1012]", 9),
+    ],
+)
+def test_a_connection_that_an_update_has_put_elsewhere_is_known_by_its_inode(note: str, client: int | None) -> None:
+    table = [unix(9, ""), unix(12, ""), unix(8, "/run/x", listening=True)]
+    found = joined("-chardev socket,id=a,fd=9", [("a", "unix:")], table, note)["a"]
+    assert (found.server, found.client) == (False, client)
 
 
 def test_chardevs_that_argv_does_not_name() -> None:

@@ -10,7 +10,7 @@ PLANTED = (
     "CPR_FD_state", "CPR_FD_a\nb", "QEMU_FD_serial0", "QEMU_BOOL_mon", "QEMU_CPR_STATE", "QEMU_CPR_EXEC_STATE",
     "QEMU_ADDR_pc.ram", "QEMU_LEN_pc.ram", "QEMU_START_FREEZE", "CPR_RUN_PENDING",
 )  # fmt: skip
-LEFT = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS", "CPR_NETDEVS")
+LEFT = ("CPR_RUN", "CPR_PIDFILE", "CPR_QEMU_OPTIONS", "CPR_NETDEVS", "CPR_CONNECTIONS")
 
 
 @pytest.mark.parametrize("name", [*PLANTED, *LEFT])
