@@ -116,7 +116,7 @@ class Subject:
             self.lab.adopt(answer["pid_after"])
         self.pid = answer["pid_after"] or self.pid
         note(f"{answer['status']} after {seconds:.1f} s")
-        problems = self._after()
+        problems = self._after(began)
         note("watched")
         return {
             "status": answer["status"],
@@ -137,7 +137,7 @@ class Subject:
         SILENCES.append(describe(self.pid, self.guest.qmp))
         note(SILENCES[-1])
 
-    def _after(self) -> list[str]:
+    def _after(self, began: float) -> list[str]:
         log = self.guest.log
         problems: list[str] = []
         try:
@@ -158,7 +158,18 @@ class Subject:
             self.look()
         if self.stream is not None and not self.stream.sound:
             problems.append(f"TCP stream: {self.stream.error}")
-        return [*problems, *log.problems()]
+        problems += log.problems()
+        if problems:
+            SILENCES.append(f"its console, before the update at {began:.1f} and after:\n{said(log)}")
+        return problems
+
+
+def said(log: CountingLog | LinuxLog) -> str:
+    """The end of what it said; where it has booted twice, what came before the second time as well."""
+    text = bytes(log.text).decode("ascii", "replace")
+    again = text.rfind("Linux version")
+    before = text[max(0, again - 5000) : again] if again > 5000 else ""
+    return before + text[-3000:]
 
 
 def walked(log: CountingLog) -> bool:
