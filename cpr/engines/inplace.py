@@ -51,8 +51,6 @@ class InPlace:
     """Numbers in the guest's process of what it was given over its monitor."""
     clients: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the clients that are kept, by chardev."""
-    held: bool = False
-    """QEMU stands still behind its state, and neither reads nor answers."""
     came: dict[str, int] = field(default_factory=dict)
     """Of the clients, those that came when QEMU accepted nobody any more."""
     ptys: dict[str, int] = field(default_factory=dict)
@@ -268,9 +266,8 @@ class SaveState(Step):
         if self.guest.running:
             run.monitor.execute("stop")
         run.extra["chains"] = run.monitor.execute("query-block")
-        kept = in_place(run)
-        kept.held = stream.save(run, kept.state.number, run.extra.get(dress.MARK), self.describe())
-        if not kept.held and (labels := [*hold_clients(run, self.guest)]):
+        held = stream.save(run, in_place(run).state.number, run.extra.get(dress.MARK), self.describe())
+        if not held and (labels := [*hold_clients(run, self.guest)]):
             run.notes.append(f"what was said to {', '.join(labels)} within the pause may be lost")
         if self.guest.running:
             stop = [event for event in run.monitor.events()[seen:] if event.name == "STOP"]
