@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpr.checks.memory import version_of
 from cpr.checks.registry import BOTH, blocker, check, warning
 from cpr.checks.words import some
 from cpr.errors import MonitorHeld
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 IGNORE_SHARED = "x-ignore-shared"
 """The capability by which the stream leaves shared RAM out (QEMU 4.0)."""
+
+SAVES_SLEEPERS = (9, 0)
+"""The first QEMU that saves a guest with a VFIO device when it is suspended (mode cpr-reboot)."""
 
 IDLE = frozenset({"", "none", "completed", "cancelled", "failed"})
 """Answers of query-migrate after which nothing goes on; everything else is somebody's migration."""
@@ -88,16 +92,18 @@ def not_migratable(guest: Guest, kexec: NextKernel | None = None) -> Iterator[Fi
     """`blocked-reasons` of query-migrate (QEMU 6.0), in QEMU's own words.
 
     They are those of the mode that is set. VFIO's are others in mode cpr-reboot (migrate_add_blocker_modes, QEMU 9.0),
-    where `vfio-no-agent` speaks of it.
+    where `vfio-no-agent` speaks of it; an older QEMU does not save the guest, asleep or not.
     """
+    known = version_of(guest.binary.version)
+    saves_sleepers = kexec is not None and (known is None or known >= SAVES_SLEEPERS)
     for reason in guest.blocked_reasons:
-        if kexec is not None and "VFIO" in reason.upper():
+        passed_through = "VFIO" in reason.upper()
+        if passed_through and saves_sleepers:
             continue
-        yield blocker(
-            "migration",
-            f'QEMU says: "{reason}"',
-            "what it names has to be unmounted, unplugged or left out at the next start",
-        )
+        hint = "what it names has to be unmounted, unplugged or left out at the next start"
+        if passed_through and kexec is not None:
+            hint = "unplug the device (device_del) for the update; QEMU saves a guest that sleeps with one from 9.0 on"
+        yield blocker("migration", f'QEMU says: "{reason}"', hint)
 
 
 @check("stream-cannot-skip", "A QEMU that cannot leave RAM out of the stream", ignorable=False, modes=BOTH)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hostfull
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("key", ["11.1.a", "7.2"])
+@pytest.mark.parametrize("key", ["11.1.a", "10.0"])
 def test_asleep_over_the_jump_and_awake_after_it(hosts: Hosts, key: str) -> None:
     host = hosts.get(jumps.persistent((256,), devices=True), fresh=True)
     (path,) = jumps.device_dax(host)
@@ -37,6 +37,19 @@ def test_asleep_over_the_jump_and_awake_after_it(hosts: Hosts, key: str) -> None
     assert guest.runstate() == "running"
     driver = host.sh(f"basename $(readlink /sys/bus/pci/devices/{NVME_ADDRESS}/driver)").strip()
     assert driver == "vfio-pci"
+
+
+@pytest.mark.timeout(900)
+def test_an_old_qemu_that_does_not_save_it_is_refused_before_it_sleeps(hosts: Hosts) -> None:
+    host = hosts.get(jumps.persistent((256,), devices=True), fresh=True)
+    (path,) = jumps.device_dax(host)
+    jumps.to_vfio(host, NVME_ADDRESS)
+    guest = guests.start_linux(host, "7.2", name="passed", lies=Lies(LASTING, path, NVME_ADDRESS))
+    refused = host.cpr("update", "--kexec", "passed", "-y", "--json", *jumps.next_kernel("7.2"), *BY_HAND)
+    assert refused.code == 3, refused
+    assert "not-migratable" in findings(refused.out), refused
+    assert guest.whole().sound
+    assert guest.runstate() == "running"
 
 
 @pytest.mark.timeout(900)

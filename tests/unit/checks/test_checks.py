@@ -547,7 +547,10 @@ KEXEC = [
     over("supervised-after-boot", "a service that would start again",
          on_dax(supervisors=(SERVICE,), unguarded_unit="web1.service"), [(B, "systemd web1.service")]),
     over("supervised-after-boot", "nobody", on_dax()),
-    over("not-migratable", "VFIO, which is judged by its agent", on_dax(blocked_reasons=("VFIO migration ...",))),
+    over("not-migratable", "VFIO, which is judged by its agent",
+         on_dax(binary=values.binary("9.0.0"), blocked_reasons=("VFIO migration ...",))),
+    over("not-migratable", "VFIO in a QEMU that saves no sleeping guest",
+         on_dax(binary=values.binary("8.2.9"), blocked_reasons=("VFIO device ...",)), [(B, "migration")]),
     over("not-migratable", "9p", on_dax(blocked_reasons=("9p is mounted",)), [(B, "migration")]),
 ]  # fmt: skip
 
@@ -698,5 +701,6 @@ def test_the_word_that_is_missing_is_in_the_hint() -> None:
 
 def test_vfio_is_not_refused_twice() -> None:
     reasons = ("0000:03:00.0: VFIO migration is not supported",)
-    of = on_dax("-device", "vfio-pci,id=nvme0,host=03:00.0", devices=NVME, agent=AGENT, blocked_reasons=reasons)
+    passed = {"devices": NVME, "agent": AGENT, "blocked_reasons": reasons, "binary": values.binary("10.0.13")}
+    of = on_dax("-device", "vfio-pci,id=nvme0,host=03:00.0", **passed)
     assert run_checks(of, host(), target(), None, mode="reboot", kexec=next_kernel()) == ()
