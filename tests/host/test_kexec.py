@@ -28,6 +28,7 @@ def findings(text: str) -> set[str]:
     return {row["check"] for row in rows if row["severity"] == "blocker"}
 
 
+@pytest.mark.hostfull
 @pytest.mark.timeout(900)
 def test_smoke(hosts: Hosts) -> None:
     """A guest that counts and one with a passed-through disk over one jump; refused while a third would be lost.
