@@ -107,15 +107,11 @@ class Crossing:
             _shut(self._sink)
 
     def _forward(self) -> None:
-        data = self._source.recv(CHUNK, socket.MSG_PEEK)
-        if not data:
-            self._sink.sendall(self._ending.release())
-            raise ConnectionResetError
-        passed, used = self._ending.feed(data)
-        while used:
-            used -= len(self._source.recv(used))
+        passed, more = self._ending.receive(self._source)
         if not self._ending.complete:
             self._sink.sendall(passed)
+            if not more:
+                raise ConnectionResetError
             return
         self._sink.sendall(passed[:-LAST])  # it loads that while the old one is stopped
         self._stop()

@@ -93,9 +93,12 @@ class ExecNew(Step):
         calls = (Call("accept4", (c.listener or 0, 0, 0, os.O_NONBLOCK | O_CLOEXEC)) for c in waiting)
         kept.tracer.run(Batch(tuple(calls)))
         self._look(run, kept)
-        kept.came = {label: number for label, number in kept.clients.items() if label not in before}
-        inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.came}
-        run.journal.fact("came", clients={label: (number, inodes[label]) for label, number in kept.came.items()})
+        kept.came = {
+            label: (number, os.fstat(run.descriptors[CLIENT + label].number).st_ino)
+            for label, number in kept.clients.items()
+            if label not in before
+        }
+        run.journal.fact("came", clients=kept.came)
         if more := [c.label for c in waiting if _waited_for(run, c)]:
             raise StepFailed(self.describe(), f"clients keep coming to {', '.join(more)}", hint="try again")
 

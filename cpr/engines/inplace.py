@@ -51,8 +51,8 @@ class InPlace:
     """Numbers in the guest's process of what it was given over its monitor."""
     clients: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the clients that are kept, by chardev."""
-    came: dict[str, int] = field(default_factory=dict)
-    """Of the clients, those that came when QEMU accepted nobody any more."""
+    came: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Number and inode of those of the clients that came when QEMU accepted nobody any more."""
     ptys: dict[str, int] = field(default_factory=dict)
     """Numbers in the guest's process of the masters of its ptys, by chardev."""
     loose: tuple[int, ...] = ()
@@ -283,6 +283,5 @@ class SaveState(Step):
         stream.go_on_after_save(run, self.guest)
         if kept.came:
             assert run.old is not None
-            inodes = {label: os.fstat(run.descriptors[CLIENT + label].number).st_ino for label in kept.came}
             reconnect(run, run.monitor, {label: run.descriptors[CLIENT + label] for label in kept.came})
-            run.notes += leftover.close_left(run.old, [(number, inodes[label]) for label, number in kept.came.items()])
+            run.notes += leftover.close_left(run.old, list(kept.came.values()))

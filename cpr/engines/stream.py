@@ -164,18 +164,15 @@ def save(run: Run, state: int, expected: Mark | None, step: str) -> bool:
     here.settimeout(SLICE)
     while not ending.complete:
         try:
-            data = here.recv(CHUNK, socket.MSG_PEEK)
+            passed, more = ending.receive(here)
         except TimeoutError:
             run.check(step)
             if sending.failed or migration.has_failed(run.monitor.events()[run.extra["seen_old"] :]):
                 break
             continue
-        passed, used = ending.feed(data) if data else (ending.release(), 0)
-        while used:
-            used -= len(here.recv(used))
         while passed:
             passed = passed[os.write(state, passed) :]
-        if not data:
+        if not more:
             break
     os.lseek(state, 0, os.SEEK_SET)  # the position is the same for whoever has it
     if ending.complete and ending.mark is not None and ending.mark.holds:

@@ -17,6 +17,7 @@ Out of scope: who reads it and what for (engines/crossing.py).
 
 from __future__ import annotations
 
+import socket
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,6 +95,16 @@ class Ending:
         self._asked = max(0, at - keep)
         self.held = data[keep:]
         return data[:keep], len(data) - before
+
+    def receive(self, sock: socket.socket) -> tuple[bytes, bool]:
+        """What to pass on next of what has come in on `sock`, and whether more may come. Raises OSError as `recv`."""
+        data = sock.recv(CHUNK, socket.MSG_PEEK)
+        if not data:
+            return self.release(), False
+        passed, used = self.feed(data)
+        while used:
+            used -= len(sock.recv(used))
+        return passed, True
 
     def release(self) -> bytes:
         """What is held, as nothing more comes: a machine with `suppress-vmdesc=on` has no words."""
