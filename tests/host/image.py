@@ -85,8 +85,8 @@ class Disks:
     boot: Path
 
     def kernel(self, key: str) -> tuple[Path, Path]:
-        """The image and the initramfs of a kernel."""
-        return self.boot / key / "vmlinuz", self.boot / key / "initrd"
+        """The image, unpacked, and the initramfs of a kernel."""
+        return kernels.obtain(key).unpacked, self.boot / key / "initrd"
 
 
 def obtain() -> Disks:
