@@ -113,7 +113,7 @@ def build(source: Source, workspace: cache.Workspace) -> None:
 
 
 def unpack(image: bytes) -> bytes:
-    """The ELF within a bzImage; where it is, is told by the boot protocol's header, which is in units of sectors, bytes.
+    """The ELF within a bzImage, whose header tells where it is.
 
     Source: Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
     """
@@ -123,5 +123,6 @@ def unpack(image: bytes) -> bytes:
     if payload.startswith(b"\xfd7zXZ"):
         return lzma.LZMADecompressor().decompress(payload)
     if payload.startswith(b"\x28\xb5\x2f\xfd"):  # and its size behind it
-        return subprocess.run([*tools.command("zstd"), "-dc"], input=payload[:-4], capture_output=True, check=True).stdout
+        command = [*tools.command("zstd"), "-dc"]
+        return subprocess.run(command, input=payload[:-4], capture_output=True, check=True).stdout
     raise LabError(f"the kernel is compressed in a way that the lab does not know: it begins with {payload[:6].hex()}")

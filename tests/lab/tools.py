@@ -12,7 +12,14 @@ from tests.lab import cache, debian
 # What must be installed on the machine for all of the lab, and a program by which each is recognized.
 HOST_PACKAGES = (("apt", "apt-get"), ("dpkg", "dpkg-deb"))
 
-PACKAGE_OF = {"as": "binutils", "ip": "iproute2", "ld": "binutils", "mke2fs": "e2fsprogs", "patchelf": "patchelf", "zstd": "zstd"}
+PACKAGE_OF = {
+    "as": "binutils",
+    "ip": "iproute2",
+    "ld": "binutils",
+    "mke2fs": "e2fsprogs",
+    "patchelf": "patchelf",
+    "zstd": "zstd",
+}
 
 
 def missing_packages() -> tuple[str, ...]:
