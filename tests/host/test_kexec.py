@@ -12,7 +12,7 @@ from tests.host import guests, jumps, kernels
 from tests.host.guests import LASTING, Lies
 from tests.host.jumps import BY_HAND, FSDAX
 from tests.host.machine import MEMMAP, NVDIMM, NVME_ADDRESS
-from tests.host.vm import LEFT, Host, HostDied, Stayed
+from tests.host.vm import LEFT, Host, Stayed
 from tests.lab import qemu
 
 if TYPE_CHECKING:
@@ -30,18 +30,7 @@ def findings(text: str) -> set[str]:
 
 @pytest.mark.timeout(900)
 def test_smoke(hosts: Hosts) -> None:
-    """A guest that counts and one with a passed-through disk over one jump; refused while a third would be lost.
-
-    Once more where the emulation has failed: a guest fell silent, or the host VM was reset (docs/hacking.md).
-    """
-    try:
-        smoke(hosts)
-    except (TimeoutError, HostDied) as error:
-        hosts.lines.append(f"kexec: once more, as {type(error).__name__}: {str(error).splitlines()[0]}")
-        smoke(hosts)
-
-
-def smoke(hosts: Hosts) -> None:
+    """A guest that counts and one with a passed-through disk over one jump; refused while a third would be lost."""
     host = hosts.get(jumps.SMOKE, fresh=True)
     began = time.monotonic()
     first, second = jumps.device_dax(host)
