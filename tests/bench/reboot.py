@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 NUMBERS = "1,4,8"
 KERNELS = ("7.2", "6.12")
 """Jumped into in turns; the host boots the second one."""
-REGION_MIB, GUEST_MIB = 96, 64
+GUEST_MIB, SPARE_MIB = 64, 32
+"""Of a guest; and how much larger the memory is that is set aside for it."""
 EVENTS = "/state/events"
 COLUMNS = ("load", "look", "save", "end", "jump", "restore")
 
@@ -78,13 +79,18 @@ def table(results: Results) -> str:
     """A row for each number of guests: medians of the parts, and the pauses of all its guests."""
     heads = "".join(f"{name:>9}" for name in COLUMNS)
     lines = [f"{'guests':>6}{'n':>3}{heads}{'pause, s: median':>19}{'min':>7}{'max':>7}"]
+    middles: dict[int, dict[str, float]] = {}
     for count in dict.fromkeys(sample.count for sample in results.samples):
         rows = results.of(count)
-        middle = {name: statistics.median(row.parts[name] for row in rows) for name in COLUMNS}
+        middles[count] = middle = {name: statistics.median(row.parts[name] for row in rows) for name in COLUMNS}
         pauses = [pause for row in rows for pause in row.pauses]
         spread = f"{statistics.median(pauses):19.2f}{min(pauses):7.2f}{max(pauses):7.2f}" if pauses else f"{'-':>19}"
         lines.append(f"{count:6}{len(rows):3}" + "".join(f"{middle[name]:9.2f}" for name in COLUMNS) + spread)
         lines += [f"       not sound: {words}" for row in rows for words in row.problems]
+    least, most = min(middles, default=0), max(middles, default=0)
+    if least != most:
+        times = ", ".join(f"{name} {middles[most][name] / middles[least][name]:.1f}" for name in ("save", "restore"))
+        lines.append(f"{most} guests take so many times as long as {least}: {times}")
     return "\n".join(lines)
 
 
@@ -95,10 +101,10 @@ def offset(host: Host) -> float:
     return there - (before + time.time()) / 2
 
 
-def measure(host: Host, paths: Sequence[str], count: int, kernel: str, key: str) -> Sample:
+def measure(host: Host, paths: Sequence[str], count: int, kernel: str, key: str, memory: int = GUEST_MIB) -> Sample:
     """Start so many guests, take them over a jump, and end them."""
     started = [
-        guests.start(host, key, name=f"guest{number}", memory=f"{GUEST_MIB}M", lies=Lies(LASTING, path))
+        guests.start(host, key, name=f"guest{number}", memory=f"{memory}M", lies=Lies(LASTING, path))
         for number, path in enumerate(paths[:count])
     ]
     ahead = offset(host)
@@ -137,23 +143,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.reboot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--guests", default=NUMBERS, metavar="LIST", help=f"how many at a time ({NUMBERS})")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="jumps for each number (%(default)s)")
+    parser.add_argument("--memory", type=int, default=GUEST_MIB, metavar="MIB", help="of each guest (%(default)s)")
     parser.add_argument("--qemu", default="11.1.a", metavar="KEY", help="of the lab (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
     options = parser.parse_args(arguments)
     counts = [int(word) for word in options.guests.split(",")]
     results, before, number = Results(), machine(), 0
-    with Host(jumps.persistent([REGION_MIB] * max(counts), kernel=KERNELS[1])) as host:
+    regions = [options.memory + SPARE_MIB] * max(counts)
+    with Host(jumps.persistent(regions, kernel=KERNELS[1])) as host:
         paths = jumps.device_dax(host)
         for _ in range(options.runs):
             for count in counts:
-                sample = measure(host, paths, count, KERNELS[number % 2], options.qemu)
+                sample = measure(host, paths, count, KERNELS[number % 2], options.qemu, options.memory)
                 results.samples.append(sample)
                 number += 1
                 print(f"{count} guests: {sample}", file=sys.stderr, flush=True)
     after = machine()
     print(f"date    {before.date} to {after.date}\nhost    {before.cpus} x {before.cpu}, the host VM under TCG")
     print(f"busy    load average {load_words(before.load)} before, {load_words(after.load)} after")
-    print(f"guest   the counting guest, {GUEST_MIB} MiB on device DAX, 1 vCPU, nested KVM, QEMU {options.qemu}\n")
+    print(f"guest   the counting guest, {options.memory} MiB on device DAX, 1 vCPU, nested KVM, QEMU {options.qemu}\n")
     print(table(results))
     if options.json:
         with open(options.json, "w") as file:

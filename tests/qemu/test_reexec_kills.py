@@ -32,7 +32,7 @@ TOLD: dict[str, set[str]] = {
     "kinds", [pytest.param(CPR, id="cpr"), pytest.param(TRACER, id="tracer", marks=pytest.mark.full)]
 )
 @pytest.mark.parametrize("times", [FEW, rounds(500)])
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_killed_at_random_moments(
     lab: Lab, capsys: pytest.CaptureFixture[str], kinds: Sequence[str], times: int
 ) -> None:
