@@ -36,7 +36,7 @@ class Machine:
     kernel: str = "6.12"
     systemd: bool = False
     memory: int = 3072
-    cpus: int = 2
+    cpus: int = 1
     dax: str = ""
     regions: tuple[int, ...] = (DAX_MIB,)
     devices: bool = False
@@ -61,7 +61,7 @@ class Machine:
     def arguments(self, disks: image.Disks, directory: Path) -> list[str]:
         """The outer QEMU's options, but for kernel and serial ports; what is written to is in `directory`."""
         nvdimm = self.dax == NVDIMM
-        words = f"-machine q35{',nvdimm=on' if nvdimm else ''} -accel tcg,thread=single -cpu max -smp {self.cpus}"
+        words = f"-machine q35{',nvdimm=on' if nvdimm else ''} -accel tcg,thread=multi -cpu max -smp {self.cpus}"
         words += f" -m {self.memory}M{f',slots={len(self.regions)},maxmem=8G' if nvdimm else ''}"
         words += " -nodefaults -no-user-config -display none -no-reboot"
         if self.devices:  # the IOMMU before what is behind it

@@ -1,9 +1,9 @@
 """The host VM running: an outer QEMU under TCG, its agent, its serial log, kexec and power cycles.
 
 The outer QEMU is ``OUTER`` of the lab. The nested SVM of 7.2's TCG panics the host. That of later ones writes where it
-should not when vCPUs run at the same time and nested guests are busy: guests are reset or the host panics, with 11.1
-within a minute or two, with 10.0 now and then. So the vCPUs take turns (``thread=single``): not seen to happen in
-330 s, with either.
+should not when two vCPUs run at the same time and nested guests are busy: guests are reset or the host panics, with
+11.1 within a minute or two, with 10.0 now and then. Where two vCPUs take turns (``thread=single``) a nested Linux hangs
+as it boots, in a spin lock that nobody holds. So there is one vCPU.
 It ends when the process that started it does, however that ends, and with a kernel panic (``panic=-1`` and
 ``-no-reboot``); whoever waits for anything notices at once and gets the serial log.
 
