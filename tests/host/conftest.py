@@ -46,8 +46,6 @@ class Hosts:
 
 
 HOSTS = pytest.StashKey[Hosts]()
-FLAW = (r"^(HostDied|TimeoutError)\b", r"the guest started \d+ times")
-"""How a test ends where the emulation fails (see ``vm``): it is done once more, in a new host VM, and both are told."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,17 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/tests/host/" in str(item.path):
             item.add_marker(pytest.mark.host)
-            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=list(FLAW)))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     hosts = item.config.stash[HOSTS]
     if report.failed and hosts.current is not None:
-        hosts.lines.append(f"{item.name}: {call.excinfo.exconly().splitlines()[0] if call.excinfo else 'failed'}")
         report.sections.append(("host VM", hosts.current.serial_tail()))
         hosts.end()  # the next test shall not suffer from it
     return report

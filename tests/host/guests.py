@@ -250,8 +250,12 @@ def make_disk(guest: AnyGuest[Any], content: bytes, size: int, uid: int = 0) -> 
 
 
 def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, *, unit: bool) -> None:
-    """Start its QEMU; `guest.pid` is that of what was started, which may be a shell for a moment."""
+    """Start its QEMU; `guest.pid` is that of what was started, which may be a shell for a moment.
+
+    The console's log is appended to, so that of an earlier guest with the name goes first.
+    """
     host, name = guest.host, guest.name
+    host.sh(f"rm -f {guest.console}")
     if unit:
         host.sh(f"systemd-run --quiet --unit={name} --property=Type=exec {shlex.join(words)}")
         guest.pid = int(host.sh(f"systemctl show -P MainPID {name}.service"))

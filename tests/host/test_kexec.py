@@ -139,7 +139,7 @@ def runstates(guest: Guest) -> list[str]:
 
 
 @pytest.mark.hostfull
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_everybody_runs_on_where_it_fails(hosts: Hosts) -> None:
     """A kernel that cannot be loaded pauses nobody; where one of three does not save, all three run on."""
     host = hosts.get(jumps.persistent((96, 96, 96)), fresh=True)
