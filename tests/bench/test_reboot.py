@@ -38,8 +38,9 @@ def test_rows() -> None:
         return Sample(count=count, kernel="7.2", parts=each, pauses=(pause,) * count, problems=problems)
 
     text = table(Results(samples=[sample(1, 14.0), sample(4, 16.0), sample(1, 15.0, ("page 0x1000",))]))
-    header, one, wrong, four = text.splitlines()
+    header, one, wrong, four, times = text.splitlines()
     assert all(name in header for name in COLUMNS)
     assert one.split() == ["1", "2", *["1.00"] * 6, "14.50", "14.00", "15.00"]
     assert "page 0x1000" in wrong
     assert four.split()[:2] == ["4", "1"]
+    assert times == "4 guests take so many times as long as 1: save 4.0, restore 4.0"
