@@ -101,7 +101,7 @@ def offset(host: Host) -> float:
     return there - (before + time.time()) / 2
 
 
-def measure(host: Host, paths: Sequence[str], count: int, kernel: str, key: str, memory: int = GUEST_MIB) -> Sample:
+def measure(host: Host, paths: Sequence[str], count: int, kernel: str, key: str, memory: int) -> Sample:
     """Start so many guests, take them over a jump, and end them."""
     started = [
         guests.start(host, key, name=f"guest{number}", memory=f"{memory}M", lies=Lies(LASTING, path))

@@ -12,7 +12,6 @@ import functools
 import lzma
 import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -46,7 +45,7 @@ KERNELS: Mapping[str, Source] = MappingProxyType(
 
 FIRST = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
 BESIDE = ("kvm_amd",)
-"""Loaded by the initramfs on the other processor meanwhile: a second of the boot."""
+"""Loaded by the initramfs meanwhile; a second of the boot where there are two processors (`Machine.cpus`)."""
 MODULES = (
     *("kvm_amd", "kvm_intel", "tun", "vhost_net", "bridge", "veth", "virtio_net", "e1000e", "nvme", "loop", "overlay"),
     *("nd_e820", "nfit", "nd_pmem", "dax_pmem", "device_dax"),
@@ -96,7 +95,7 @@ def build(source: Source, workspace: cache.Workspace) -> None:
     debian.merge_usr(tree)
     image = next(file for pattern in ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz") for file in tree.glob(pattern))
     shutil.copy(image, workspace.out / "vmlinuz")
-    (workspace.out / "vmlinux").write_bytes(unpack(image.read_bytes()))
+    unpack(image.read_bytes(), workspace.out / "vmlinux", workspace.scratch)
     (modules,) = (tree / "usr" / "lib" / "modules").iterdir()
     (workspace.out / "release").write_text(modules.name)
     builtin = (modules / "modules.builtin").read_text()
@@ -112,8 +111,8 @@ def build(source: Source, workspace: cache.Workspace) -> None:
         (workspace.out / "modules" / f"{name}.ko").write_bytes(content)
 
 
-def unpack(image: bytes) -> bytes:
-    """The ELF within a bzImage, whose header tells where it is.
+def unpack(image: bytes, into: Path, scratch: Path) -> None:
+    """Write the ELF within a bzImage, whose header tells where it is.  Raises LabError.
 
     Source: Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
     """
@@ -121,8 +120,10 @@ def unpack(image: bytes) -> bytes:
     offset, length = struct.unpack_from("<II", image, 0x248)
     payload = image[start + offset : start + offset + length]
     if payload.startswith(b"\xfd7zXZ"):
-        return lzma.LZMADecompressor().decompress(payload)
-    if payload.startswith(b"\x28\xb5\x2f\xfd"):  # and its size behind it
-        command = [*tools.command("zstd"), "-dc"]
-        return subprocess.run(command, input=payload[:-4], capture_output=True, check=True).stdout
-    raise LabError(f"the kernel is compressed in a way that the lab does not know: it begins with {payload[:6].hex()}")
+        into.write_bytes(lzma.LZMADecompressor().decompress(payload))
+    elif payload.startswith(b"\x28\xb5\x2f\xfd"):
+        packed = scratch / "vmlinux.zst"
+        packed.write_bytes(payload[:-4])  # without its size, which is behind it
+        debian.run([*tools.command("zstd"), "-dq", "-o", str(into), str(packed)])
+    else:
+        raise LabError(f"the kernel is compressed in a way that is not known: it begins with {payload[:6].hex()}")
