@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.host.inside.silence import describe
@@ -31,6 +32,7 @@ MOST_SPOILT = 5
 SILENCES: list[str] = []
 """What was to see of each guest that fell silent."""
 HZ = 25  # each byte on the console is an exit of the nested guest, and dear
+NICENESS = 10  # of a guest while it is moved: the host VM has one processor, and the Linux guest would take most of it
 
 
 def note(text: str) -> None:
@@ -102,6 +104,7 @@ class Subject:
             raise Spoilt(f"stuck before anything was done: {error}") from None
         before = clock(log)
         self.moved = True
+        renice(self.pid, NICENESS)
         note("update")
         began = time.monotonic()
         words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
@@ -115,6 +118,7 @@ class Subject:
         with contextlib.suppress(ProcessLookupError, TypeError):
             self.lab.adopt(answer["pid_after"])
         self.pid = answer["pid_after"] or self.pid
+        renice(self.pid, 0)
         note(f"{answer['status']} after {seconds:.1f} s")
         problems = self._after(began)
         note("watched")
@@ -162,6 +166,15 @@ class Subject:
         if problems:
             SILENCES.append(f"its console, before the update at {began:.1f} and after:\n{said(log)}")
         return problems
+
+
+def renice(pid: int, niceness: int) -> None:
+    """Set the niceness of a process and of its whole session, among the others; nothing if it is gone.
+
+    That of its threads would count within the session only.
+    """
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        Path("/proc", str(pid), "autogroup").write_text(str(niceness))
 
 
 def said(log: CountingLog | LinuxLog) -> str:
