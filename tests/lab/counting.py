@@ -25,6 +25,7 @@ DISK_SIZE = 1474560  # of a floppy disk, for it can be one too
 PAGE = 4096
 
 IDLE_PACE = 8  # pages between two lines of a guest that is said to be idle
+BUSY_PACE = 1000  # of one that dirties 400 MB a second, and leaves a processor to others nine tenths of the time
 
 
 class Tick(NamedTuple):
@@ -52,7 +53,8 @@ def disk(path: Path, *, hz: int = 100, pace: int | None = None, limit: int = 0) 
     """Write a disk with the counting guest to `path`; attach it with `arguments`.
 
     hz: lines a second, 19 to 10000.  pace: pages walked between two lines once every page was written once;
-    None: as many as it can (a guest that dirties all of its memory), IDLE_PACE: a guest that mostly halts.
+    None: as many as it can, IDLE_PACE: a guest that mostly halts,
+    BUSY_PACE: one that dirties all of its memory all the time.
     limit: bytes of RAM walked, 0: all.
     """
     image = bytearray(program())

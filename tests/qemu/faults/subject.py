@@ -23,6 +23,7 @@ from cpr.model import MonitorAddress, Netdev, Outcome, Plan, Severity, Step, Vnc
 from cpr.qemu import features, qmp
 from cpr.qemu.options import knowledge_from
 from cpr.run import Bounds
+from tests.lab import counting
 from tests.lab.start import marked
 from tests.qemu.conftest import build, qemus_of
 from tests.qemu.faults.fault import PATIENCE, Fault, Stage
@@ -105,7 +106,7 @@ class Victim:
             words = (*words, "-vnc", f"unix:{lab.directory}/vnc")
             how.setdefault("backend", f"memory-backend-file,share=on,discard-data=on,mem-path={lab.directory}/ram")
         how.setdefault("backend", backend(born, lab))
-        guest = lab.counting(born, *words, pace=how.pop("pace", None), memory=memory, **how)
+        guest = lab.counting(born, *words, pace=how.pop("pace", counting.BUSY_PACE), memory=memory, **how)
         return cls(lab, guest, build(new), lab.directory / "run", guest.pid, engine)
 
     @property
