@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +129,16 @@ class Family:
 class Timing:
     """Seconds of updates that nobody disturbed."""
 
-    total: float = 0.0
+    undisturbed: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    """The last ones."""
     tracer: float = 0.0
     stops: list[float] = field(default_factory=list)
     """How long the guest's threads stood each time the tracer was at work."""
+
+    @property
+    def total(self) -> float:
+        """How long an update may take."""
+        return max(self.undisturbed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +222,7 @@ class Campaign:
             self.timing.tracer = time.monotonic() - appeared
             outcome = family.command.outcome()
             assert outcome.get("status") == Status.UPDATED, outcome
-            self.timing.total = time.monotonic() - began
+            self.timing.undisturbed.append(time.monotonic() - began)
             self.victim.follow(outcome["pid_after"])
             self.victim.counts()
         raise AssertionError("the tracer was never seen at work")
@@ -279,6 +285,7 @@ class Campaign:
         else:
             self.too_late += 1
             assert became == UPDATED, f"nobody was killed: {result}"
+            self.timing.undisturbed.append(outcome["total_seconds"])
         if became == LOST:
             self._fresh()
 
