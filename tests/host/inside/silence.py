@@ -25,13 +25,13 @@ def describe(pid: int, monitor: Path | None = None) -> str:
     """The state of the guest in process `pid`, twice a second apart.  monitor: its QMP socket, if nobody holds it."""
     for kind, place in (("tracefs", TRACING), ("debugfs", DEBUG)):
         subprocess.run(["mount", "-t", kind, kind, place], stderr=subprocess.DEVNULL, check=False)
-    parts = [_threads(pid), _text(Path("/proc/interrupts"))]
+    parts = [threads(pid), _text(Path("/proc/interrupts"))]
     first = _counters(pid)
     parts.append(_traced())
     second = _counters(pid)
     moved = (f"{name} {first.get(name)} -> {value}" for name, value in second.items() if first.get(name) != value)
     parts.append("KVM's counters that move:\n" + "\n".join(moved))
-    parts += [_threads(pid), _text(Path("/proc/interrupts")), _text(Path("/proc/loadavg"))]
+    parts += [threads(pid), _text(Path("/proc/interrupts")), _text(Path("/proc/loadavg"))]
     parts.append(_monitor(monitor) if monitor else "its monitor was not asked")
     return "\n\n".join(parts)
 
@@ -42,7 +42,7 @@ def _text(path: Path) -> str:
     return ""
 
 
-def _threads(pid: int) -> str:
+def threads(pid: int) -> str:
     """Of each thread: name, state, the processor it ran on last, user and system time (ticks), where it waits."""
     lines = []
     for task in sorted(Path(f"/proc/{pid}/task").glob("*")):

@@ -30,6 +30,7 @@ from cpr.linux import proc
 from cpr.linux.status import read_stat
 from cpr.model import Status
 from cpr.recover import recover
+from tests.host.inside.silence import threads
 from tests.lab.start import marked
 from tests.qemu.conftest import build, qemus_of
 from tests.qemu.faults.subject import QUICK, Victim, environment, killed, same_settings
@@ -287,6 +288,7 @@ class Campaign:
             assert became == UPDATED, f"nobody was killed: {result}"
             self.timing.undisturbed.append(outcome["total_seconds"])
         if became == LOST:
+            self._end_qemus()
             self._fresh()
 
     def _strike(self, kind: str, family: Family) -> tuple[bool, float]:
@@ -387,7 +389,15 @@ class Campaign:
             with open(path, "rb") as file:
                 found.append(file.read().rstrip(b"\0").decode()[-4000:])
         log = self.lab.directory / f"guest{self._guests - 1}.log"
-        return "\n".join([*found, log.read_text(errors="replace")[-1000:]])
+        there = [threads(pid) for pid in qemus_of(self.lab)]
+        return "\n".join([*found, *there, log.read_text(errors="replace")[-1000:]])
+
+    def _end_qemus(self) -> None:
+        """Those that are left of a guest that was lost, so that the next one is judged by itself."""
+        for pid in qemus_of(self.lab):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not qemus_of(self.lab), 10)
 
     # the table -----------------------------------------------------------------------------------------------
 
