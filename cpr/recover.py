@@ -221,7 +221,11 @@ def _in_place(record: Record) -> Outcome:
         when = "after the commit" if record.committed else "before the commit"
         where = f"the guest's process has ended {when}"
         return _outcome(record, Status.NEEDS_ATTENTION, Exit.NEEDS_ATTENTION, where, 0)
-    if not back and not recover_in_place.executed(record):
+    executed = True if back else recover_in_place.executed(record)
+    if executed is None:
+        where = f"it is in pid {process.pid}, stopped, and that is about to execute the new QEMU, or failing to"
+        raise _TryAgain(record, where, process.pid, "the program of the guest's process is not to be known yet")
+    if not executed:
         as_before(process, fact.get("changed", ()), fact.get("placed", ()))
         recover_in_place.withdraw(record, process)
         outcome = _back(record)

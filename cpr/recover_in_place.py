@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpr.engines import graft, mend, stream
 from cpr.engines.borrow import BORROWED, SECONDS
+from cpr.engines.execute import became
 from cpr.engines.leftover import close_left
 from cpr.engines.relay import Relay
-from cpr.engines.successor import MARK
 from cpr.engines.switch import PassVncListeners, give_vnc
 from cpr.errors import CommandFailed, CprError
-from cpr.linux import proc
 from cpr.linux.fds import Fd, take_fd
 from cpr.linux.tracer import Tracer
 from cpr.model import MonitorAddress, Runstate
@@ -71,10 +70,10 @@ def _is_kept(record: Record, process: Process, number: int) -> bool:
     return any(int(f["inode"]) == inode and int(f["number"]) != number for f in facts)
 
 
-def executed(record: Record) -> bool:
-    """Whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
+def executed(record: Record) -> bool | None:
+    """As `became`: whether the guest's process is the new program. Raises ProcessLookupError where it is gone."""
     fact = record.facts.get("exec")
-    return fact is not None and dict(proc.read_environ(record.pid)).get(MARK) == fact["mark"]
+    return False if fact is None else became(record.pid, int(fact["thread"]), fact["mark"])
 
 
 def let_in(record: Record, process: Process) -> list[str]:

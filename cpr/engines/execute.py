@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from cpr.engines.successor import MARK, callers, doors, run_mark, waiting_charde
 from cpr.engines.switch import CLIENT
 from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
-from cpr.linux import fds, proc
+from cpr.linux import fds, proc, stub
 from cpr.linux.process import Process, open_process
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from cpr.model import Chardev
     from cpr.run import Run
 
+SETTLE_SECONDS = 5.0
 F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
 
 
@@ -72,11 +74,12 @@ class ExecNew(Step):
         control = run.extra.pop("control")
         control.setblocking(True)
         run.new_monitor = greet(run, self.describe(), control, stream.load_commands(kept.given[STATE]))
-        kept.tracer.post(Look())
+        with contextlib.suppress(ConnectionError):  # said where it is needed
+            kept.tracer.post(Look())
 
     def _stop(self, run: Run, kept: InPlace) -> None:
         """Stop all threads. Who waits to be accepted is so in QEMU's place, or the new one would start with him."""
-        kept.tracer.run(Attach())
+        ((kept.thread,),) = kept.tracer.run(Attach())
         self._look(run, kept)
         waiting = [c for c in doors(self.guest) if _waited_for(run, c)]
         if not waiting:
@@ -172,6 +175,7 @@ class ExecNew(Step):
         run.journal.fact(
             "exec",
             mark=kept.map.run,
+            thread=kept.thread,
             state=there[fdmap.STATE],
             clients={label: there[fdmap.client(label)] for label in kept.clients},
             vnc=[[there[name] for name in names] for _, names in self.successor.vnc],
@@ -190,14 +194,15 @@ class ExecNew(Step):
             with contextlib.suppress(OSError):
                 kept.console.as_before()
         replies = kept.tracer.events(Batch(tuple(calls)), program, Follow(after) if after else Detach())
-        next(replies).raise_error()
         try:
+            next(replies).raise_error()
             next(replies).raise_error()
             kept.executed = True
             next(replies).raise_error()
-        except ConnectionError:
-            kept.executed = kept.executed or self._became(run)
-            if not kept.executed:
+        except (CprError, OSError) as error:
+            if kept.executed and isinstance(error, ConnectionError):
+                return
+            if kept.executed or not self._became(kept):
                 raise
 
     def _map(self, kept: InPlace) -> fdmap.FdMap:
@@ -210,13 +215,14 @@ class ExecNew(Step):
         entries = {name: fdmap.Entry(n, os.stat(f"/proc/{pid}/fd/{n}").st_ino) for name, n in named.items()}
         return fdmap.FdMap(run=run_mark(self.run_id, pid), entries=entries)
 
-    def _became(self, run: Run) -> bool:
-        """Whether the process is the new program, where the tracer did not live to tell; one that is gone is lost."""
-        assert run.old is not None
-        if not run.old.alive():
-            return True
-        mark = run_mark(self.run_id, self.guest.process.pid)
-        return dict(proc.read_environ(self.guest.process.pid)).get(MARK) == mark
+    def _became(self, kept: InPlace) -> bool:
+        """Whether it is the new program nevertheless. One that is gone, or not to be known for either, goes back."""
+        kept.tracer.kill()
+        found = None
+        with contextlib.suppress(ProcessLookupError):
+            found = became(self.guest.process.pid, kept.thread, kept.map.run)
+        kept.executed = found is not False
+        return found is True
 
     def undo(self, run: Run) -> None:
         kept: InPlace = in_place(run)
@@ -241,6 +247,27 @@ class ExecNew(Step):
 def _waited_for(run: Run, chardev: Chardev) -> bool:
     """Whether somebody waits to be accepted."""
     return bool(select.select([run.descriptors[f"listener:{chardev.label}"].number], [], [], 0)[0])
+
+
+def became(pid: int, thread: int, mark: str, seconds: float = SETTLE_SECONDS) -> bool | None:
+    """Whether a process that nobody traces any more is the program with this mark (`run_mark`).
+
+    When its tracer is killed, the thread that was to execute the program goes on, and may be in the middle of that.
+
+    thread: that one.  seconds: how long to wait until it is known.
+
+    None: it is not, as `thread` still may. Raises ProcessLookupError: it is gone.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        pending = stub.may_execute(pid, thread)  # asked first, so that a "no" is the last word
+        if dict(proc.read_environ(pid)).get(MARK) == mark:
+            return True
+        if not pending:
+            return False
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.001)
 
 
 def as_before(process: Process, changed: Sequence[int], placed: Sequence[int]) -> None:

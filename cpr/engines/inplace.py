@@ -65,7 +65,10 @@ class InPlace:
     """Numbers without FD_CLOEXEC that had it."""
     console: terminal.Console | None = None
     """The terminal of a `stdio` chardev."""
+    thread: int = 0
+    """That which makes our system calls, when it is stopped."""
     executed: bool = False
+    """It is the new program, or not to be known for the old one."""
     old_memory: AddressSpace | None = None
     """Held, so that the exec does not wait until all of it is unmapped; None where that cannot be had."""
 

@@ -48,6 +48,7 @@ ERESTART_RESTARTBLOCK = 516
 RESTARTS = frozenset({ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK})
 """What the kernel has as the result of an interrupted call before it decides how it goes on (include/linux/errno.h)."""
 
+_ITS_OWN = ("execve", "execveat", "rt_sigprocmask")
 _WORD = 2**64
 _NEVER_UNMAPPED = re.compile(r"/(libc[.-][^/]*so[^/]*|ld-[^/]*so[^/]*)$")
 
@@ -165,6 +166,20 @@ def restarted(arch: Architecture, registers: Mapping[str, int]) -> dict[str, int
         values[arch.number] = arch.numbers["restart_syscall"] if block else registers[arch.origin]
         values[arch.pc] = registers[arch.pc] - len(arch.instruction)
     return values
+
+
+def may_execute(pid: int, thread: int) -> bool:
+    """Whether a thread that was let go in the stub may still execute a program: not if it waits in another call.
+
+    Who is not permitted to ask (proc_pid_syscall) does not know, and neither who asks of a thread that has ended, as
+    one that executes a program takes the number of the first.
+    """
+    arch = architecture()
+    try:
+        word = procfile.read_text(pid, f"task/{thread}/syscall").split()[0]
+    except OSError:
+        return True
+    return arch is None or not word.isdecimal() or int(word) in {arch.numbers[name] for name in _ITS_OWN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,10 @@ Operation = Attach | Batch | Exec | Detach | Follow | Look
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of one operation. `results` are a Batch's; `number` is an errno, 0 where all is well."""
+    """What became of one operation. `results` are a Batch's, or the thread of an Attach.
+
+    `number` is an errno, 0 where all is well.
+    """
 
     results: tuple[int, ...] = ()
     number: int = 0
@@ -200,6 +203,11 @@ class Tracer:
         assert isinstance(reply, Reply)
         return reply
 
+    def kill(self) -> None:
+        """End the helper at once, without anything undone, and wait until its threads are let go."""
+        self._helper.kill()
+        self._helper.wait()
+
     def close(self) -> None:
         """Have everything undone, and wait until the helper is gone."""
         self._socket.close()
@@ -300,7 +308,8 @@ class Helper:
             self._tracee = Tracee.attach(
                 self._process, thread=operation.thread, room=self._room, timeout=operation.timeout
             )
-        elif isinstance(operation, Detach):
+            return (self._tracee.thread,)
+        if isinstance(operation, Detach):
             self.undo()
         elif isinstance(operation, Follow):
             if self._tracee is None or not self._tracee.executed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cpr.linux import ptrace
 from cpr.linux import syscalls as sc
 from cpr.linux.likeness import Likeness, likeness_of
 from cpr.linux.proc import read_argv
@@ -33,6 +34,17 @@ def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
     while not true():
         assert time.monotonic() < until, "it never came true"
         time.sleep(0.005)
+
+
+def trace_a_child() -> None:
+    """What tracing needs; see `can`."""
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    try:
+        ptrace.seize(pid, 0)
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

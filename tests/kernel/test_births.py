@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cpr.linux import ptrace, stub
+from cpr.linux import stub
 from cpr.linux.births import FIRST, Birth
 from cpr.linux.proc import read_status, threads
 from cpr.linux.process import open_process
 from cpr.linux.tracer import Attach, Exec, Follow, Look, Tracer
-from tests.kernel.support import can, child, eventually
+from tests.kernel.support import can, child, eventually, trace_a_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,16 +30,6 @@ for _ in range(4):
 ARGV = (sys.executable, "-c", PROGRAM)
 
 
-def _trace_a_child() -> None:
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-    try:
-        ptrace.seize(pid, 0)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-
-
 def _set_last_pid() -> None:
     with open("/proc/sys/kernel/ns_last_pid", "r+b", buffering=0) as file:
         file.write(file.read())
@@ -47,7 +37,7 @@ def _set_last_pid() -> None:
 
 pytestmark = [
     pytest.mark.skipif(stub.architecture() is None, reason="not on this architecture"),
-    pytest.mark.skipif(not can(_trace_a_child), reason="cannot trace here"),
+    pytest.mark.skipif(not can(trace_a_child), reason="cannot trace here"),
 ]
 
 

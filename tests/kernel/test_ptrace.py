@@ -23,7 +23,7 @@ from cpr.linux.fds import descriptor_table
 from cpr.linux.process import open_process
 from cpr.linux.tracee import Call, Result, Tracee
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Tracer
-from tests.kernel.support import can, child, eventually
+from tests.kernel.support import can, child, eventually, trace_a_child
 from tests.kernel.tracees import (
     code_of,
     counting_child,
@@ -44,16 +44,6 @@ if TYPE_CHECKING:
 AT_FDCWD = -100
 
 
-def _trace_a_child() -> None:
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-    try:
-        ptrace.seize(pid, 0)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-
-
 def _suspend_seccomp_of_a_child() -> None:
     pid = os.fork()
     if pid == 0:
@@ -66,7 +56,7 @@ def _suspend_seccomp_of_a_child() -> None:
 
 pytestmark = [
     pytest.mark.skipif(stub.architecture() is None, reason="not on this architecture"),
-    pytest.mark.skipif(not can(_trace_a_child), reason="cannot trace here"),
+    pytest.mark.skipif(not can(trace_a_child), reason="cannot trace here"),
 ]
 needs_suspension = pytest.mark.skipif(
     not can(_suspend_seccomp_of_a_child), reason="cannot suspend seccomp filters here"
@@ -262,7 +252,7 @@ def test_the_helper_does_a_whole_job(busy: Child) -> None:
     with Tracer.start(busy.process) as tracer:
         for _ in range(3):
             attached, results, _ = tracer.run(*job(busy))
-            assert attached == ()
+            assert str(*attached) in os.listdir(f"/proc/{busy.pid}/task")
             assert results == (busy.pid,) * 10
         assert busy.seen()["wrong"] == []
         assert proc.read_status(busy.pid).tracer == 0
