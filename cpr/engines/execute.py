@@ -23,6 +23,7 @@ from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc, stub
 from cpr.linux.process import Process, open_process
+from cpr.linux.status import read_stat
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
 from cpr.model import Guest, Step, Target
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cpr.run import Run
 
 SETTLE_SECONDS = 5.0
+RAN_TICKS = 10
 F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
 
 
@@ -253,21 +255,31 @@ def became(pid: int, thread: int, mark: str, seconds: float = SETTLE_SECONDS) ->
     """Whether a process that nobody traces any more is the program with this mark (`run_mark`).
 
     When its tracer is killed, the thread that was to execute the program goes on, and may be in the middle of that.
+    It is not where it waits in another call, or has run in user mode for longer than in the stub.
 
     thread: that one.  seconds: how long to wait until it is known.
 
-    None: it is not, as `thread` still may. Raises ProcessLookupError: it is gone.
+    None: it is not that program, as `thread` still may execute it. Raises ProcessLookupError: it is gone.
     """
     until = time.monotonic() + seconds
+    began = _user_time(thread)
     while True:
-        pending = stub.may_execute(pid, thread)  # asked first, so that a "no" is the last word
-        if dict(proc.read_environ(pid)).get(MARK) == mark:
+        waits = not stub.may_execute(pid, thread)  # asked first, so that a "no" is the last word
+        ran = _user_time(thread) - began > RAN_TICKS
+        environ = dict(proc.read_environ(pid))
+        if environ.get(MARK) == mark:
             return True
-        if not pending:
+        if waits or (ran and environ):  # half way it has none
             return False
         if time.monotonic() > until:
             return None
         time.sleep(0.001)
+
+
+def _user_time(thread: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return read_stat(thread).user_time
+    return 0
 
 
 def as_before(process: Process, changed: Sequence[int], placed: Sequence[int]) -> None:

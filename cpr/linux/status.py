@@ -58,6 +58,8 @@ class Stat:
     """Device number of the controlling terminal, 0 for none."""
     start_time: int
     """Clock ticks (sysconf SC_CLK_TCK) since boot, as our own time namespace counts."""
+    user_time: int
+    """Clock ticks spent in user mode, those of a nested guest included."""
 
 
 def parse_stat(text: str) -> Stat:
@@ -80,6 +82,7 @@ def parse_stat(text: str) -> Stat:
         session=int(fields[3]),
         tty=int(fields[4]),
         start_time=int(fields[19]),
+        user_time=int(fields[11]),
     )
 
 

@@ -171,13 +171,15 @@ def restarted(arch: Architecture, registers: Mapping[str, int]) -> dict[str, int
 def may_execute(pid: int, thread: int) -> bool:
     """Whether a thread that was let go in the stub may still execute a program: not if it waits in another call.
 
-    Who is not permitted to ask (proc_pid_syscall) does not know, and neither who asks of a thread that has ended, as
-    one that executes a program takes the number of the first.
+    One that has ended may have become the first thread, as whoever executes a program does. Who is not permitted to
+    ask does not know (proc_pid_syscall).
     """
     arch = architecture()
     try:
         word = procfile.read_text(pid, f"task/{thread}/syscall").split()[0]
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
+        return thread == pid or may_execute(pid, pid)
+    except PermissionError:
         return True
     return arch is None or not word.isdecimal() or int(word) in {arch.numbers[name] for name in _ITS_OWN}
 

@@ -47,6 +47,15 @@ def trace_a_child() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def free_id() -> int:
+    """One that nobody has: that of a child that has ended."""
+    it = os.fork()
+    if it == 0:
+        os._exit(0)
+    os.waitpid(it, 0)
+    return it
+
+
 @contextlib.contextmanager
 def child(
     argv: Sequence[str] = FOREVER, prepare: Callable[[], None] | None = None, **more: object

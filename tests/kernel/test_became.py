@@ -20,7 +20,7 @@ from cpr.engines.successor import MARK
 from cpr.linux import stub
 from cpr.linux.process import open_process
 from cpr.linux.tracer import Attach, Exec, Tracer
-from tests.kernel.support import can, child, eventually, trace_a_child
+from tests.kernel.support import can, child, eventually, free_id, trace_a_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +101,16 @@ def test_one_that_was_to_execute_nothing() -> None:
         ((thread,),) = tracer.run(Attach())
         tracer.kill()
         assert became(pid, thread, OURS) is False
+
+
+def test_one_that_never_waits() -> None:
+    with child(("sh", "-c", "while :; do :; done")) as pid:
+        assert became(pid, pid, OURS) is False
+
+
+def test_another_thread_that_has_ended() -> None:
+    with child() as pid:
+        assert became(pid, free_id(), OURS) is False
 
 
 def test_one_that_has_ended() -> None:

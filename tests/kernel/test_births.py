@@ -15,7 +15,7 @@ from cpr.linux.births import FIRST, Birth
 from cpr.linux.proc import read_status, threads
 from cpr.linux.process import open_process
 from cpr.linux.tracer import Attach, Exec, Follow, Look, Tracer
-from tests.kernel.support import can, child, eventually, trace_a_child
+from tests.kernel.support import can, child, eventually, free_id, trace_a_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,15 +54,6 @@ def followed(tracer: Tracer, after: Mapping[str, Birth]) -> None:
 def all_run(pid: int) -> bool:
     there = [read_status(thread.tid) for thread in threads(pid)]
     return len(there) == THREADS + 1 and all(not status.tracer and status.state in "SR" for status in there)
-
-
-def free_id() -> int:
-    """One that nobody has: that of a child that has ended."""
-    it = os.fork()
-    if it == 0:
-        os._exit(0)
-    os.waitpid(it, 0)
-    return it
 
 
 @pytest.mark.skipif(not can(_set_last_pid), reason="CAP_CHECKPOINT_RESTORE is missing")
