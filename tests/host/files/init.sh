@@ -15,7 +15,7 @@ echo cpr-host > /proc/sys/kernel/hostname
 echo '+cpu +memory +io +pids' > /sys/fs/cgroup/cgroup.subtree_control
 /usr/lib/cpr-host/setup
 grep -q cpr.shell /proc/cmdline && while :; do
-    setsid -c sh -c 'exec bash -l < /dev/ttyS1 > /dev/ttyS1 2>&1'
+    setsid -c bash -l < /dev/ttyS1 > /dev/ttyS1 2>&1
     sleep 0.2
 done &
 while :; do
