@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SETTLE_SECONDS = 5.0
 RAN_TICKS = 10
+"""More time in user mode than the stub takes, in clock ticks (sysconf SC_CLK_TCK)."""
 F_SETFD, FD_CLOEXEC, O_CLOEXEC = 2, 1, os.O_CLOEXEC
 
 

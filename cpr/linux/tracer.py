@@ -214,8 +214,7 @@ class Tracer:
         try:
             self._helper.wait(START_SECONDS)
         except subprocess.TimeoutExpired:
-            self._helper.kill()
-            self._helper.wait()
+            self.kill()
 
     def __enter__(self) -> Self:
         return self

@@ -36,13 +36,13 @@ def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.005)
 
 
-def trace_a_child() -> None:
-    """What tracing needs; see `can`."""
+def trace_a_child(options: int = 0) -> None:
+    """What tracing needs, with ptrace's `options`; see `can`."""
     pid = os.fork()
     if pid == 0:
         signal.pause()
     try:
-        ptrace.seize(pid, 0)
+        ptrace.seize(pid, options)
     finally:
         os.kill(pid, signal.SIGKILL)
 

@@ -43,23 +43,12 @@ if TYPE_CHECKING:
 
 AT_FDCWD = -100
 
-
-def _suspend_seccomp_of_a_child() -> None:
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-    try:
-        ptrace.seize(pid, ptrace.PTRACE_O_SUSPEND_SECCOMP)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-
-
 pytestmark = [
     pytest.mark.skipif(stub.architecture() is None, reason="not on this architecture"),
     pytest.mark.skipif(not can(trace_a_child), reason="cannot trace here"),
 ]
 needs_suspension = pytest.mark.skipif(
-    not can(_suspend_seccomp_of_a_child), reason="cannot suspend seccomp filters here"
+    not can(lambda: trace_a_child(ptrace.PTRACE_O_SUSPEND_SECCOMP)), reason="cannot suspend seccomp filters here"
 )
 
 
