@@ -41,13 +41,16 @@ def speak(
 ) -> list[dict[str, Any]]:
     """Await the greeting, send the negotiation and all commands, and return the commands' replies in order.
 
-    Events that come meanwhile are passed over. What `attend` raises, called now and then, ends the wait.
+    Events that come meanwhile are passed over, also before the greeting: QEMU sends them to the client that it is just
+    accepting. What `attend` raises, called now and then, ends the wait.
 
     Raises:
         TimeoutError. EOFError: QEMU hung up. ValueError, TypeError: nonsense, or the negotiation is refused. OSError.
     """
     lines = _Lines(sock, time.monotonic() + timeout, attend)
-    if "QMP" not in lines.next():
+    while "event" in (greeting := lines.next()):
+        continue
+    if "QMP" not in greeting:
         raise ValueError("no greeting")
     sock.setblocking(True)
     for command in (NEGOTIATION, *commands):

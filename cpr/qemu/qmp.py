@@ -124,12 +124,17 @@ class _Client(QMPClient):
         self.seen: list[Event] = []
         self.arrived = threading.Condition()
 
-    def _cb_inbound(self, msg: Message) -> Message:
-        if "event" in msg:
+    async def _recv(self) -> Message:
+        """The next message that is no event. An event may come before the greeting: QEMU sends it to the client that it
+        is just accepting, as it did to the one before.
+        """
+        while "event" in (message := await super()._recv()):
             with self.arrived:
-                self.seen.append(Event(dict(msg)))
+                self.seen.append(Event(dict(message)))
                 self.arrived.notify_all()
-            self.events.clear()
+        return message
+
+    def _cb_inbound(self, msg: Message) -> Message:
         return msg
 
     def _cb_outbound(self, msg: Message) -> Message:

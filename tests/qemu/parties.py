@@ -251,7 +251,9 @@ class Qmp:
         self._sock = connected(address, seconds, impatient=impatient)
         self._file = self._sock.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        version = self._read()["QMP"]["version"]["qemu"]
+        while "event" in (greeting := self._read()):  # QEMU sends one to whom it is just accepting
+            self.events.append(greeting)
+        version = greeting["QMP"]["version"]["qemu"]
         self.version = ".".join(str(version[k]) for k in ("major", "minor", "micro"))
         self.execute("qmp_capabilities")
 

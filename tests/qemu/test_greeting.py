@@ -1,0 +1,80 @@
+"""QEMU sends an event that comes while it accepts a client to that client, in front of the greeting."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cpr.engines import mend
+from cpr.qemu import first_words, qmp
+from tests.qemu.parties import Qmp
+from tests.qemu.surveying import start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.lab.qemu import QemuBuild
+    from tests.lab.start import Lab
+
+EARLY = 5
+"""Clients who are to get an event first; some three of a hundred do."""
+CLIENTS = 5000
+"""Given up after so many."""
+
+
+@pytest.fixture(params=["7.2", "11.1.a"])
+def door(request: pytest.FixtureRequest, lab: Lab, builds: Callable[[str], QemuBuild]) -> Iterator[Path]:
+    """A monitor of a QEMU that has events all the time."""
+    path = lab.directory / "door"
+    guest = start(lab, builds(request.param), "-S", "-qmp", f"unix:{path},server=on,wait=off")
+    ended = threading.Event()
+
+    def stir() -> None:
+        monitor = Qmp(lab.directory / "guest.qmp")
+        while not ended.is_set():
+            for command in ("cont", "stop"):
+                monitor.execute(command)
+
+    thread = threading.Thread(target=stir)
+    thread.start()
+    yield path
+    ended.set()
+    thread.join()
+    assert guest.alive
+
+
+def connected(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(20)
+    sock.connect(str(path))
+    return sock
+
+
+def by_library(sock: socket.socket) -> None:
+    with qmp.negotiate(sock, "door") as monitor:
+        assert monitor.execute("query-name") == {"name": "guest"}
+
+
+def by_first_words(sock: socket.socket) -> None:
+    (name,) = first_words.speak(sock, [first_words.Command(name="query-name")], timeout=5)
+    assert name == {"return": {"name": "guest"}}
+
+
+def by_hand(sock: socket.socket) -> None:
+    assert "QMP" in mend.open_session(sock, "door", timeout=5)
+
+
+@pytest.mark.parametrize("session", [by_library, by_first_words, by_hand])
+def test_an_event_before_the_greeting(door: Path, session: Callable[[socket.socket], None]) -> None:
+    early = 0
+    for _ in range(CLIENTS):
+        with connected(door) as sock:
+            early += sock.recv(4096, socket.MSG_PEEK).startswith(b'{"timestamp"')
+            session(sock)
+        if early == EARLY:
+            return
+    assert early, "no event came first, nothing was tested"
