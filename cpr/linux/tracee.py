@@ -10,7 +10,8 @@ requests (tests/kernel/test_ptrace.py): nobody died, and each queued signal was 
 
 A thread that was interrupted in a system call goes on with it as after SIGSTOP and SIGCONT (signal(7)), by the
 kernel's own restart. Signals stay pending in the kernel. Of the calls that are not restarted but say EINTR, epoll_wait
-without timeout is restarted nevertheless; with a timeout it would wait too long, and says EINTR.
+without timeout is restarted nevertheless; with a timeout it would wait too long, and says EINTR. Any of them says so of
+a thread that was to execute a program and could not, if the tracer was killed right then: it may handle a signal.
 
 Two things that are not covered. A seccomp filter is suspended only while we trace: if the tracer is killed between
 naming a call that the filter forbids and its passing the filter (some 20 us), the filter judges it. And a thread that

@@ -415,6 +415,15 @@ def dies_at(child: Child, name: str, when: str, count: int, life: Callable[[], N
     return status != 0
 
 
+def _let_go(child: Child) -> bool:
+    """Whether it has finished what a tracer that died had asked of it."""
+    try:
+        Tracee.attach(child.process).detach()
+    except Blocked:
+        return False
+    return True
+
+
 def _dies_everywhere(threads: int, counts: range) -> int:
     deaths = 0
     with counting_child(threads, handle=True) as child:
@@ -424,6 +433,7 @@ def _dies_everywhere(threads: int, counts: range) -> int:
                     if not dies_at(child, name, when, count):
                         break
                     deaths += 1
+                    eventually(lambda: _let_go(child))
                     before = child.seen()
                     os.kill(child.pid, signal.SIGUSR1)
                     eventually(lambda before=before: child.seen()["handled"] > before["handled"])  # type: ignore[misc]
@@ -457,6 +467,9 @@ def _storm(pid: int, report: int) -> int:
 @pytest.mark.full
 @pytest.mark.parametrize("threads", [1, 9])
 def test_no_signal_is_lost_when_the_tracer_dies(threads: int) -> None:
+    """A thread that is about to execute a program hears what the first thread hears. If the tracer dies there and the
+    program cannot be executed, it may handle a signal in the first one's stead: its own call says EINTR (signal(7)).
+    """
     reading, writing = os.pipe()
     with counting_child(threads, handle=True) as child:
         storm = _storm(child.pid, writing)
@@ -465,11 +478,13 @@ def test_no_signal_is_lost_when_the_tracer_dies(threads: int) -> None:
                 for count in range(1, 30):
                     if not dies_at(child, name, when, count):
                         break
+                    eventually(lambda: _let_go(child))
         os.kill(storm, signal.SIGTERM)
         os.waitpid(storm, 0)
         sent = int(os.read(reading, 100))
         eventually(lambda: len(child.seen()["queued"]) == sent)
-        assert wrong_after_death(child) == []
+        wrong = [row for row in wrong_after_death(child) if row[-1] not in (errno.EINTR, "too short")]
+        assert wrong == []
     os.close(reading)
     os.close(writing)
 
