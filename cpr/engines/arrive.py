@@ -17,7 +17,7 @@ from cpr.errors import StepFailed
 from cpr.linux import proc
 from cpr.linux.process import open_process
 from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach
+from cpr.linux.tracer import Batch, Detach
 from cpr.model import Guest, Step
 from cpr.qemu import clients
 
@@ -69,9 +69,11 @@ class KeepClients(Step):
         kept = in_place(run)
         if not kept.clients and not kept.ptys:
             return
+        assert run.new is not None
         calls = (*self._places(run, kept), *self._ptys(run, kept))
         try:
-            kept.tracer.run(Attach(), Batch(calls), Detach())
+            kept.attach(run.new)
+            kept.tracer.run(Batch(calls), Detach())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         run.successor.execute("query-status")  # it goes on, or there is still a way back
@@ -127,6 +129,7 @@ class LetClientsIn(Step):
 
     def do(self, run: Run) -> None:
         kept = in_place(run)
+        assert run.new is not None
         if kept.old_memory is not None:
             kept.old_memory.release()
         for sock in kept.standing_in.values():
@@ -135,7 +138,7 @@ class LetClientsIn(Step):
         drop(run)
         ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
         try:
-            kept.tracer.run(Attach())
+            kept.attach(run.new)
             there = set(fdmap.verify(self.guest.process.pid, kept.left).good.values())  # QEMU closes some itself
             calls = (
                 *(Call("close", (number,)) for number in there),

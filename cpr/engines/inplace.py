@@ -22,12 +22,13 @@ from cpr.engines.switch import CLIENT, make_room, reconnect, still_calling, take
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import fds, likeness, terminal
 from cpr.linux.address_space import AddressSpace
-from cpr.linux.tracer import Tracer
+from cpr.linux.tracer import Attach, Tracer
 from cpr.model import Guest, Step
 from cpr.qemu import clients, migration
 
 if TYPE_CHECKING:
     from cpr.engines.successor import Successor
+    from cpr.linux.process import Process
     from cpr.run import Run
 
 STATE = "cpr-state"
@@ -72,6 +73,21 @@ class InPlace:
     old_memory: AddressSpace | None = None
     """Held, so that the exec does not wait until all of it is unmapped; None where that cannot be had."""
 
+    def attach(self, process: Process) -> None:
+        """Stop all threads of the new program; by another tracer, if that which executed it was killed. Raises what
+        the tracer raises.
+        """
+        try:
+            self.tracer.run(Attach())
+        except ConnectionError:
+            self.tracer.close()
+            self.tracer = Tracer.start(process)
+            self.tracer.run(Attach())
+
+    def let_go(self) -> None:
+        """End the tracer, and have everything undone that it stopped."""
+        self.tracer.close()
+
     @property
     def left(self) -> fdmap.FdMap:
         """What the new QEMU needs once, and not any more when clients are let in: the state; RAM, of which it opens
@@ -111,7 +127,7 @@ class PrepareExec(Step):
             state=fds.Fd(os.memfd_create(STATE, os.MFD_CLOEXEC)),
             ram=shared_files(pid),
         )
-        run.closing.callback(kept.tracer.close)
+        run.closing.callback(kept.let_go)
         run.closing.callback(kept.places.close)
         self._hold_memory(run, kept)
         kept.console = self._console(run)

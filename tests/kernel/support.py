@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cpr.linux import ptrace
+from cpr.linux import ptrace, stub
 from cpr.linux import syscalls as sc
 from cpr.linux.likeness import Likeness, likeness_of
 from cpr.linux.proc import read_argv
@@ -34,6 +35,24 @@ def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
     while not true():
         assert time.monotonic() < until, "it never came true"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def leased(path: str) -> Iterator[Callable[[], object]]:
+    """Whoever executes this file waits until what is yielded is called, or at the end (fcntl(2), F_SETLEASE).
+
+    Raises BlockingIOError: somebody has it open.
+    """
+    with open(path, "rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored: somebody wants it
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def in_call(pid: int, name: str) -> bool:
+    """Whether its first thread is in this system call (stub.Architecture.numbers)."""
+    with open(f"/proc/{pid}/syscall") as file:
+        return file.read().split()[0] == str(stub.X86_64.numbers[name])
 
 
 def trace_a_child(options: int = 0) -> None:

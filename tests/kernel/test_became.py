@@ -6,10 +6,10 @@ The program is a file with a lease on it (fcntl(2), F_SETLEASE): whoever execute
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,10 @@ from cpr.engines.successor import MARK
 from cpr.linux import stub
 from cpr.linux.process import open_process
 from cpr.linux.tracer import Attach, Exec, Tracer
-from tests.kernel.support import can, child, eventually, free_id, trace_a_child
+from tests.kernel.support import can, child, eventually, free_id, in_call, leased, trace_a_child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [
     pytest.mark.skipif(stub.architecture() is None, reason="not on this architecture"),
@@ -31,68 +31,65 @@ pytestmark = [
 ]
 
 OURS = "run/1"
-EXECVE = str(stub.X86_64.numbers["execve"])
 
 
-class Leased:
-    """A program in a memory file; `path` is executed when the lease is given up."""
+@dataclass
+class Program:
+    """An executable in a memory file, with a lease."""
 
-    def __init__(self, program: bytes) -> None:
-        writable = os.memfd_create("program")
-        with open(writable, "wb") as file:
-            file.write(program)
-            self.number = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
-        self.path = f"/proc/{os.getpid()}/fd/{self.number}"
-        fcntl.fcntl(self.number, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored: somebody wants it
-        fcntl.fcntl(self.number, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    path: str
+    give_up: Callable[[], object]
 
-    def give_up(self) -> None:
-        fcntl.fcntl(self.number, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
-    def close(self) -> None:
-        os.close(self.number)
+@contextlib.contextmanager
+def held_back(code: bytes) -> Iterator[Program]:
+    number = os.memfd_create("program")
+    with open(number, "wb") as file:
+        file.write(code)
+        path = os.open(f"/proc/self/fd/{number}", os.O_PATH)
+    try:
+        name = f"/proc/{os.getpid()}/fd/{path}"
+        with leased(name) as give_up:
+            yield Program(name, give_up)
+    finally:
+        os.close(path)
 
 
 @pytest.fixture
-def leased() -> Iterator[Leased]:
-    with contextlib.closing(Leased(Path("/bin/sleep").read_bytes())) as it:
+def program() -> Iterator[Program]:
+    with held_back(Path("/bin/sleep").read_bytes()) as it:
         yield it
 
 
 @contextlib.contextmanager
-def half_way(leased: Leased) -> Iterator[tuple[int, int]]:
+def half_way(program: Program) -> Iterator[tuple[int, int]]:
     """(pid, thread) of a process that is in the middle of executing the program, and whose tracer was killed."""
     with child() as pid, open_process(pid) as process, Tracer.start(process) as tracer:
         ((thread,),) = tracer.run(Attach())
-        tracer.post(Exec(leased.path, ("sleep", "1000"), (f"{MARK}={OURS}",)))
-        eventually(lambda: syscall(pid) == EXECVE)
+        tracer.post(Exec(program.path, ("sleep", "1000"), (f"{MARK}={OURS}",)))
+        eventually(lambda: in_call(pid, "execve"))
         tracer.kill()
         yield pid, thread
 
 
-def syscall(pid: int) -> str:
-    with open(f"/proc/{pid}/syscall") as file:
-        return file.read().split()[0]
-
-
-def test_one_that_executes_it_in_the_end(leased: Leased) -> None:
-    with half_way(leased) as (pid, thread):
-        later = threading.Timer(0.3, leased.give_up)
+def test_one_that_executes_it_in_the_end(program: Program) -> None:
+    with half_way(program) as (pid, thread):
+        later = threading.Timer(0.3, program.give_up)
         later.start()
         assert became(pid, thread, OURS) is True
         later.join()
 
 
-def test_one_of_which_nobody_can_tell(leased: Leased) -> None:
-    with half_way(leased) as (pid, thread):
+def test_one_of_which_nobody_can_tell(program: Program) -> None:
+    with half_way(program) as (pid, thread):
         assert became(pid, thread, OURS, seconds=0.2) is None
-        leased.give_up()
+        program.give_up()
         assert became(pid, thread, OURS) is True
 
 
 def test_one_that_cannot_execute_it() -> None:
-    with contextlib.closing(Leased(b"no program")) as leased, half_way(leased) as (pid, thread):
-        leased.give_up()
+    with held_back(b"no program") as program, half_way(program) as (pid, thread):
+        program.give_up()
         assert became(pid, thread, OURS) is False
 
 

@@ -26,7 +26,7 @@ CLIENTS = 5000
 """Given up after so many."""
 
 
-@pytest.fixture(params=["7.2", "11.1.a"])
+@pytest.fixture(params=[pytest.param("7.2", marks=pytest.mark.full), "11.1.a"])
 def door(request: pytest.FixtureRequest, lab: Lab, builds: Callable[[str], QemuBuild]) -> Iterator[Path]:
     """A monitor of a QEMU that has events all the time."""
     path = lab.directory / "door"

@@ -111,7 +111,7 @@ class Victim:
 
     @property
     def target(self) -> Target:
-        return ask(self.new.key)
+        return features.ask(str(self.new.binary))
 
     # moving it
 
