@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import struct
 import threading
@@ -116,6 +117,9 @@ class Event:
 class _Client(QMPClient):
     """Keeps the events itself, as they come: the library's queue and another task would cost a part of a millisecond.
 
+    What QEMU owes to the client before comes to us: an event while it accepts us, so in front of the greeting, and the
+    reply to a command that was under way, anywhere. So each of ours has an id that no other session has.
+
     Its hooks are also where the library writes each message out for a debugging log, whether anybody reads that or not.
     """
 
@@ -123,21 +127,36 @@ class _Client(QMPClient):
         super().__init__()
         self.seen: list[Event] = []
         self.arrived = threading.Condition()
+        self._mark = f"cpr-{secrets.token_hex(4)}-"
+
+    def _get_exec_id(self) -> str:
+        return self._mark + super()._get_exec_id()
 
     async def _recv(self) -> Message:
-        """The next message that is no event. An event may come before the greeting: QEMU sends it to the client that it
-        is just accepting, as it did to the one before.
-        """
-        while "event" in (message := await super()._recv()):
-            with self.arrived:
-                self.seen.append(Event(dict(message)))
-                self.arrived.notify_all()
-        return message
+        """The next message that is for us, and no event."""
+        while True:
+            message = await super()._recv()
+            if "event" in message:
+                with self.arrived:
+                    self.seen.append(Event(dict(message)))
+                    self.arrived.notify_all()
+            elif "QMP" in message or self._is_ours(message):
+                return message
+
+    def _is_ours(self, message: Message) -> bool:
+        """An error without an id is of a command that could not be read; we begin with one that can."""
+        if "id" in message:
+            return str(message["id"]).startswith(self._mark)
+        if self.runstate is Runstate.RUNNING:
+            return "return" not in message
+        return not message.keys() & {"return", "error"}
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
 
     def _cb_outbound(self, msg: Message) -> Message:
+        if "id" not in msg:  # the negotiation
+            msg["id"] = self._get_exec_id()
         return msg
 
 

@@ -1,7 +1,9 @@
-"""QEMU sends an event that comes while it accepts a client to that client, in front of the greeting."""
+"""What a monitor owes to the client before comes to the next one: events before the greeting, and replies anywhere."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -10,8 +12,10 @@ import pytest
 
 from cpr.engines import mend
 from cpr.qemu import first_words, qmp
+from tests.kernel.support import in_call
+from tests.qemu.managers import Client
 from tests.qemu.parties import Qmp
-from tests.qemu.surveying import start
+from tests.qemu.surveying import start, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,3 +82,35 @@ def test_an_event_before_the_greeting(door: Path, session: Callable[[socket.sock
         if early == EARLY:
             return
     assert early, "no event came first, nothing was tested"
+
+
+DUMP = 1 << 20
+
+
+@pytest.mark.parametrize("key", [pytest.param("7.2", marks=pytest.mark.full), "11.1.a"])
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_reply_to_a_command_of_the_client_before(
+    lab: Lab, builds: Callable[[str], QemuBuild], key: str, fails: bool, ids: bool
+) -> None:
+    """He had a command under way when he hung up; what he would have heard of it, the next one hears."""
+    guest = start(lab, builds(key), "-S", "-m", "64")
+    door, dump = lab.directory / "guest.qmp", lab.directory / "dump"
+    os.mkfifo(dump)
+    command = {"execute": "pmemsave", "arguments": {"val": 0, "size": DUMP, "filename": str(dump)}}
+    with contextlib.closing(Client(door)) as client:
+        client.send(command | ({"id": "cpr"} if ids else {}))
+        until(lambda: in_call(guest.pid, "openat"))
+
+    def read() -> None:
+        with dump.open("rb") as file:
+            file.read(1 if fails else DUMP)
+
+    with connected(door) as sock:
+        later = threading.Timer(0.2, read)
+        later.start()
+        with qmp.negotiate(sock, "door") as monitor:
+            assert monitor.execute("query-name") == {"name": "guest"}
+            assert monitor.execute("query-status")["status"] == "prelaunch"
+        later.join()
+    assert guest.alive
