@@ -23,7 +23,7 @@ from cpr.engines.reexec import Reexec
 from cpr.engines.settings import Settings, hand_back, put_back, set_discard
 from cpr.engines.successor import MARK, run_mark
 from cpr.engines.taps import restore_queue
-from cpr.errors import Busy, CommandFailed, CprError, Exit, JournalError, MonitorError, MonitorHeld, NotFound
+from cpr.errors import Busy, CommandFailed, CprError, Exit, JournalError, NotFound
 from cpr.journal import Record, journal_files, read, run_directory
 from cpr.linux import proc
 from cpr.linux.fds import take_fd
@@ -41,8 +41,6 @@ BY_US = (Runstate.POSTMIGRATE, Runstate.FINISH_MIGRATE)
 """Where only a migration leads: the journal has lost its end."""
 SENDING = ("MoveState", "SaveState")
 """The steps that have QEMU send its state."""
-STALE_ANSWERS = 2
-"""Sessions with the old QEMU that may fail before one has to be sound."""
 MARK_SCANS = 50
 """Looks at all processes, at most."""
 
@@ -171,7 +169,7 @@ def _back(record: Record) -> Outcome:
     go_on(old)
     guest = record.header["guest"]
     try:
-        status, ours = _resumed(record, old)
+        status, ours = _resume(record, old)
     except CprError as error:
         where = f"the old QEMU (pid {record.pid}) could not be told to go on"
         raise _TryAgain(record, where, record.pid, error.message) from None
@@ -180,23 +178,8 @@ def _back(record: Record) -> Outcome:
     return _outcome(record, Status.ROLLED_BACK, Exit.ROLLED_BACK, errors.AS_BEFORE, record.pid, runstate=status)
 
 
-def _resumed(record: Record, old: Process) -> tuple[str, bool]:
-    """Have the old QEMU go on: its runstate, and whether it was ours to decide. Raises CprError.
-
-    It may yet owe the keeper the answer to `migrate` (stream.py), and gives it to whoever is connected now, for which
-    the session fails; the next one is sound.
-    """
-    for _ in range(STALE_ANSWERS):
-        try:
-            return _resume(record, old)
-        except MonitorHeld:
-            raise
-        except MonitorError:
-            time.sleep(0.1)
-    return _resume(record, old)
-
-
 def _resume(record: Record, old: Process) -> tuple[str, bool]:
+    """Have the old QEMU go on: its runstate, and whether it was ours to decide. Raises CprError."""
     guest = record.header["guest"]
     with recover_in_place.session(record, old) as monitor:
         status = str(monitor.execute("query-status")["status"])
