@@ -31,6 +31,8 @@ START_SECONDS = 90.0
 SILENCES: list[str] = []
 """What was to see of each guest that fell silent."""
 HZ = 25  # each byte on the console is an exit of the nested guest, and dear
+CLOCK_SECONDS = 10.0
+"""How long lines are compared with our clock, at most, before an update and behind it."""
 NICENESS = 10  # of a guest while it is moved: the host VM has one processor, and the Linux guest would take most of it
 
 
@@ -76,6 +78,8 @@ class Subject:
         self.seconds = seconds
         self.stream = stream
         self.pid = guest.pid
+        self.ended = 0.0
+        """When the last update had, by the monotonic clock."""
 
     def move(self, target: QemuBuild, engine: str) -> dict[str, Any]:
         """Update it, wait until it has shown that it is well, and say what was seen."""
@@ -88,7 +92,7 @@ class Subject:
         except TimeoutError:
             self.look()
             raise
-        before = clock(log)
+        before = offset(log, max(self.ended, time.monotonic() - CLOCK_SECONDS))
         renice(self.pid, NICENESS)
         note("update")
         began = time.monotonic()
@@ -104,6 +108,7 @@ class Subject:
             self.lab.adopt(answer["pid_after"])
         self.pid = answer["pid_after"] or self.pid
         renice(self.pid, 0)
+        self.ended = time.monotonic()
         note(f"{answer['status']} after {seconds:.1f} s")
         problems = self._after(began)
         note("watched")
@@ -114,7 +119,7 @@ class Subject:
             "blackout": answer.get("blackout_seconds"),
             "seconds": seconds,
             "silence": log.largest_gap(began),
-            "clock": drift(before, clock(log)),
+            "clock": drift(log, before, self.ended, answer.get("blackout_seconds")),
             "problems": problems,
             "stream": None if self.stream is None else self.stream.received,
             "error": answer.get("error"),
@@ -170,20 +175,31 @@ def said(log: CountingLog | LinuxLog) -> str:
     return before + text[-3000:]
 
 
-def clock(log: CountingLog | LinuxLog) -> tuple[float, float] | None:
-    """(guest's uptime, our time when it was said), of the least delayed of the last lines; None if it has no clock."""
+def offset(log: CountingLog | LinuxLog, since: float) -> float | None:
+    """By how much our clock is ahead of the guest's uptime, in seconds, by the least delayed line since `since`.
+
+    None: it has no clock.
+    """
     if not isinstance(log, LinuxLog):
         return None
     with log.changed:
-        tick = min(log.ticks[-20:], key=lambda tick: tick.arrived - tick.uptime)
-    return tick.uptime, tick.arrived
+        return min((tick.arrived - tick.uptime for tick in log.ticks if tick.arrived >= since), default=None)
 
 
-def drift(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    """By how much the guest's clock fell behind ours, in seconds."""
-    if before is None or after is None:
-        return None
-    return (after[1] - before[1]) - (after[0] - before[0])
+def drift(log: CountingLog | LinuxLog, before: float | None, since: float, blackout: float | None) -> float | None:
+    """By how much the guest's clock fell behind ours, in seconds.
+
+    Lines are late where processors are scarce, and never early: until one shows no more than the blackout, the next
+    ones are awaited. A clock that fell behind stays so.
+    """
+    until = time.monotonic() + CLOCK_SECONDS
+    while True:
+        after = offset(log, since)
+        if before is None or after is None:
+            return None
+        if after - before <= (blackout or 0.0) or time.monotonic() > until:
+            return after - before
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
