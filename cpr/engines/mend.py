@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,14 @@ SECONDS = 5.0
 
 
 def open_session(sock: socket.socket, name: str, *, oob: bool = False, timeout: float) -> dict[str, Any]:
-    """Await the greeting and negotiate; the greeting. What else is said meanwhile, events, is passed over.
+    """Await the greeting and negotiate; the greeting. What else is said meanwhile is passed over: events, and what QEMU
+    owes to the client before.
 
     Raises:
         MonitorError: it does not greet within `timeout` seconds, hangs up or refuses. OSError.
     """
-    enable = {"arguments": {"enable": ["oob"]}} if oob else {}
+    mark = f"cpr-{secrets.token_hex(4)}"
+    negotiation = {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"] if oob else []}, "id": mark}
     lines = framing.Lines()
     greeting: dict[str, Any] = {}
     sock.settimeout(timeout)
@@ -46,7 +49,9 @@ def open_session(sock: socket.socket, name: str, *, oob: bool = False, timeout: 
             for message in filter(None, map(framing.parse, lines.feed(data))):
                 if "QMP" in message:
                     greeting = message
-                    sock.sendall(json.dumps({"execute": "qmp_capabilities", **enable}).encode())
+                    sock.sendall(json.dumps(negotiation).encode())
+                elif message.get("id") != mark:
+                    continue
                 elif "return" in message:
                     return greeting
                 elif "error" in message:

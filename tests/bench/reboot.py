@@ -1,7 +1,7 @@
 """``python -m tests.bench.reboot``: what a new host kernel under 1, 4, 8 guests takes, by real kexecs in the host VM.
 
 Counting guests with RAM on device DAX under nested KVM; one boot of the host VM, one jump for each number of guests and
-run, to and fro between two kernels. The host VM is emulated (TCG, two processors): on hardware every figure is smaller.
+run, to and fro between two kernels. The host VM is emulated (TCG, one processor): on hardware every figure is smaller.
 A guest that is not sound afterwards makes the exit status 1.
 
 Out of scope: the pause of a restart of QEMU alone (the package's other tables).
