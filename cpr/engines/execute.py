@@ -21,9 +21,8 @@ from cpr.engines.successor import MARK, callers, doors, run_mark, waiting_charde
 from cpr.engines.switch import CLIENT
 from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
-from cpr.linux import fds, proc, stub
+from cpr.linux import fds, proc, status, stub
 from cpr.linux.process import Process, open_process
-from cpr.linux.status import read_stat
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
 from cpr.model import Guest, Step, Target
@@ -253,10 +252,11 @@ def _waited_for(run: Run, chardev: Chardev) -> bool:
 
 
 def became(pid: int, thread: int, mark: str, seconds: float = SETTLE_SECONDS) -> bool | None:
-    """Whether a process that nobody traces any more is the program with this mark (`run_mark`).
+    """Whether a process is the program with this mark (`run_mark`).
 
-    When its tracer is killed, the thread that was to execute the program goes on, and may be in the middle of that.
-    It is not where it waits in another call, or has run in user mode for longer than in the stub.
+    While it is traced, the tracer may yet have it executed. When that is killed, the thread that was to execute the
+    program goes on, and may be in the middle of that. It is not where it waits in another call, or has run in user mode
+    for longer than in the stub.
 
     thread: that one.  seconds: how long to wait until it is known.
 
@@ -265,12 +265,14 @@ def became(pid: int, thread: int, mark: str, seconds: float = SETTLE_SECONDS) ->
     until = time.monotonic() + seconds
     began = _user_time(thread)
     while True:
-        waits = not stub.may_execute(pid, thread)  # asked first, so that a "no" is the last word
+        # asked first, so that a "no" is the last word
+        traced = status.read_status(pid).tracer != 0
+        waits = not stub.may_execute(pid, thread)
         ran = _user_time(thread) - began > RAN_TICKS
         environ = dict(proc.read_environ(pid))
         if environ.get(MARK) == mark:
             return True
-        if waits or (ran and environ):  # half way it has none
+        if not traced and (waits or (ran and environ)):  # half way it has none
             return False
         if time.monotonic() > until:
             return None
@@ -279,7 +281,7 @@ def became(pid: int, thread: int, mark: str, seconds: float = SETTLE_SECONDS) ->
 
 def _user_time(thread: int) -> int:
     with contextlib.suppress(ProcessLookupError):
-        return read_stat(thread).user_time
+        return status.read_stat(thread).user_time
     return 0
 
 

@@ -109,6 +109,7 @@ X86_64 = Architecture(
         "dup": 32, "getpid": 39, "socket": 41, "sendmsg": 46, "recvmsg": 47, "socketpair": 53, "execve": 59,
         "wait4": 61, "fcntl": 72, "prctl": 157, "gettid": 186, "restart_syscall": 219, "epoll_wait": 232,
         "openat": 257, "epoll_pwait": 281, "accept4": 288, "dup3": 292, "kcmp": 312, "memfd_create": 319,
+        "userfaultfd": 323,
         "execveat": 322, "pidfd_open": 434, "pidfd_getfd": 438,
     },
     endless={"epoll_wait": "r10", "epoll_pwait": "r10"},

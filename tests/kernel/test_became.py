@@ -100,6 +100,16 @@ def test_one_that_was_to_execute_nothing() -> None:
         assert became(pid, thread, OURS) is False
 
 
+def test_one_that_is_traced_yet(program: Program) -> None:
+    """What it does now may be the tracer's preparation."""
+    with child() as pid, open_process(pid) as process, Tracer.start(process) as tracer:
+        ((thread,),) = tracer.run(Attach())
+        assert became(pid, thread, OURS, seconds=0.2) is None
+        program.give_up()
+        tracer.post(Exec(program.path, ("sleep", "1000"), (f"{MARK}={OURS}",)))
+        assert became(pid, thread, OURS) is True
+
+
 def test_one_that_never_waits() -> None:
     with child(("sh", "-c", "while :; do :; done")) as pid:
         assert became(pid, pid, OURS) is False
