@@ -25,7 +25,7 @@ from cpr.errors import CommandFailed, MonitorError, NewQemuDied, StepFailed
 from cpr.model import Guest, Step, Target
 from cpr.qemu import migration
 from cpr.qemu.rehearsal import REHEARSAL_SECONDS, NotStarted
-from cpr.qemu.state_rehearsal import new_qemu, not_rehearsable, old_qemu
+from cpr.qemu.state_rehearsal import CannotRehearse, new_qemu, not_rehearsable, old_qemu
 from cpr.qemu.state_stream import Tee, device_state
 from cpr.run import resume_old
 
@@ -84,7 +84,12 @@ class RehearseState(Step):
     def do(self, run: Run) -> None:
         left_out = [*not_rehearsable(self.guest), *self._untold()]
         with contextlib.ExitStack() as held:
-            parties = self._start(run, held, state=not left_out)
+            try:
+                parties = self._start(run, held, state=not left_out)
+            except CannotRehearse as error:
+                run.notes.append(f"the state was not rehearsed, only the start: {error}")
+                self._start(run, held, state=False)
+                return
             if left_out:
                 run.notes.append(f"the state was not rehearsed, only the start: {', '.join(left_out)} stays out of it")
                 return
@@ -147,6 +152,9 @@ class RehearseState(Step):
                 words = migration.failure(run.monitor)
                 raise StepFailed(self.describe(), f"the guest's QEMU could not send its state: {words}")
             run.blackout_began = time.monotonic()
+            for party in parties:  # what they have seen of its RAM by now was seen while it ran
+                if party.qemu.copies is not None:
+                    party.qemu.copies.refresh()
             refusing = self._refusing(run, parties, seen)
             run.extra[MARK] = tee.mark
         resume = run.wait_event(run.monitor, {"RESUME"}, self.describe(), after=seen)

@@ -107,8 +107,8 @@ class LazyCopies:
         return copies
 
     def refresh(self) -> None:
-        """Copy once more what was copied by now, over what the process has made of it. OSError."""
-        with self._lock, open(f"/proc/{self._process.pid}/mem", "r+b", buffering=0) as memory:
+        """Copy once more what was copied by now, over what the process has made of it; nothing where it has ended."""
+        with self._lock, contextlib.suppress(OSError), open(f"/proc/{self._process.pid}/mem", "r+b", 0) as memory:
             for address in self._made:
                 os.pwrite(memory.fileno(), self._content(address), address)
 

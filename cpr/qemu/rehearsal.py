@@ -34,6 +34,7 @@ from cpr.qemu.variables import DROPPED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from cpr.linux.lazycopy import LazyCopies
     from cpr.model import Guest, Target
     from cpr.qemu.qmp import Monitor
 
@@ -57,6 +58,8 @@ class Started:
     monitor: Monitor
     said: Fd
     """What it writes to standard output and error."""
+    copies: LazyCopies | None = None
+    """RAM of the guest's that is copied as it is looked at."""
 
     def words(self) -> str:
         """What it said last."""

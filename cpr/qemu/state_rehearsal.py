@@ -1,8 +1,9 @@
 """A rehearsing QEMU that can load the guest's own state: its RAM is a copy-on-write mapping of the guest's.
 
 What virtio rings, page tables and firmware tables the load looks at are the guest's own, and what it writes there stays
-with it. Everything else is as in `rehearsal`: null back ends, empty disks of the true sizes, taps in a network
-namespace of their own. Out of scope: getting the state, sending it, judging what comes of it.
+with it. A character device of DAX has no such mappings: each page of it that the load looks at is copied. Everything
+else is as in `rehearsal`: null back ends, empty disks of the true sizes, taps in a network namespace of their own. Out
+of scope: getting the state, sending it, judging what comes of it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpr.linux import proc, tun
+from cpr.errors import CprError
+from cpr.linux import proc, stub, tun
 from cpr.linux.fds import Fd, take_fd
+from cpr.linux.lazycopy import LazyCopies, Source, empty_memory_file
 from cpr.linux.syscalls import tun_interface
 from cpr.model import Backing
 from cpr.qemu import cmdline as cl
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 DISCARDS = "virtio-mem"
 """Punches holes into the file behind its RAM when it is made or loaded, however that is mapped
 (system/physmem.c, ram_block_discard_range)."""
+
+
+class CannotRehearse(Exception):
+    """It started, and the state must not be given to it. Why, in words."""
 
 
 def not_rehearsable(guest: Guest) -> tuple[str, ...]:
@@ -59,8 +67,9 @@ def _taps_can_be_made() -> bool:
 
 
 def _mappable(ram: RamBlock) -> bool:
-    """A character device of DAX cannot be mapped copy-on-write (drivers/dax/device.c, check_vma)."""
-    return ram.fd is not None and ram.shared and ram.backing is not Backing.DEVDAX
+    if ram.fd is None or not ram.shared:
+        return False
+    return ram.backing is not Backing.DEVDAX or stub.architecture() is not None
 
 
 @contextlib.contextmanager
@@ -70,7 +79,7 @@ def new_qemu(
     """The QEMU to go to, waiting for a state; without `state` only started, with throw-away RAM.
 
     Raises:
-        NotStarted: why not. OSError: the guest is gone, or we may not take its descriptors.
+        NotStarted: why not. CannotRehearse. OSError: the guest is gone, or we may not take its descriptors.
     """
     try:
         line = translate(cl.with_program(base_command(guest), target.binary.path), target.options).cmdline
@@ -118,7 +127,11 @@ def _over_guest(
             descriptors[number] = held.enter_context(fd)
             return number
 
-        ram = {block.id: give(_ram(old, block)) for block in guest.ram} if state else {}
+        blocks = {block.id: _ram(old, block) for block in guest.ram} if state else {}
+        lazy = {b.id: _copied(b, held.enter_context(blocks.pop(b.id))) for b in guest.ram if _is_copied(b, state)}
+        blocks |= {name: source.seen for name, source in lazy.items()}
+        inodes = {os.fstat(fd.number).st_ino for fd in blocks.values()}
+        ram = {name: give(fd) for name, fd in blocks.items()}
         taps = {name: [give(fd) for fd in queues] for name, queues in _taps(guest, old)} if state else {}
         if isinstance(program, Fd):
             status = os.fstat(program.number)
@@ -136,8 +149,26 @@ def _over_guest(
             started(guest, *program, rehearsed, timeout=timeout, descriptors=descriptors, attend=attend)
         )
         if state:
-            _see_private(it.process.pid, guest)
+            _see_private(it.process.pid, inodes)
+        if lazy:
+            it = replace(it, copies=held.enter_context(_begun(it.process, tuple(lazy.values()))))
         yield it
+
+
+def _is_copied(block: RamBlock, state: bool) -> bool:
+    """A character device of DAX cannot be mapped copy-on-write (drivers/dax/device.c, check_vma)."""
+    return state and block.backing is Backing.DEVDAX
+
+
+def _copied(block: RamBlock, file: Fd) -> Source:
+    return Source(file, empty_memory_file(block.offset + block.size))
+
+
+def _begun(process: Process, sources: tuple[Source, ...]) -> LazyCopies:
+    try:
+        return LazyCopies.begin(process, sources)
+    except (OSError, CprError, ValueError) as error:
+        raise CannotRehearse(f"its RAM cannot be copied page by page ({error})") from None
 
 
 def _ram(old: Process, block: RamBlock) -> Fd:
@@ -159,13 +190,13 @@ def _taps(guest: Guest, old: Process) -> Iterator[tuple[str, list[Fd]]]:
         yield netdev.id, tun.throw_away_queues(flags, len(netdev.fds))
 
 
-def _see_private(pid: int, guest: Guest) -> None:
+def _see_private(pid: int, inodes: set[int]) -> None:
     """All of the guest's RAM is mapped copy-on-write, and not shared.
 
     Raises:
         NotStarted: it is not, and must not be given any state.
     """
     mapped = {(m.inode, m.perms[3]) for m in proc.read_maps(pid)}
-    for block in guest.ram:
-        if (block.inode, "s") in mapped or (block.inode, "p") not in mapped:
-            raise NotStarted(f"it does not map the guest's RAM {block.id} copy-on-write")
+    for inode in inodes:
+        if (inode, "s") in mapped or (inode, "p") not in mapped:
+            raise NotStarted("it does not map the guest's RAM copy-on-write")

@@ -15,7 +15,7 @@ from cpr import discover, journal, survey
 from cpr.engines.dress import PAUSE, SENT, RehearseState
 from cpr.engines.prepare import OpenMonitor
 from cpr.errors import StepFailed
-from cpr.model import Plan, Step
+from cpr.model import Backing, Plan, Step
 from cpr.qemu import features
 from cpr.run import Bounds, Run
 from tests.qemu.conftest import build, qemus_of
@@ -86,9 +86,14 @@ def rehearse(
     bounds: Bounds | None = None,
     watch: Callable[[Run], object] = lambda _: None,
     address: MonitorAddress | None = None,
+    as_dax: bool = False,
 ) -> Rehearsed:
-    """Rehearse in this process. `watch` gets the run before it begins; `address` is the monitor to use."""
+    """Rehearse in this process. `watch` gets the run before it begins; `address` is the monitor to use; `as_dax`: as
+    if the RAM were a character device of DAX, which this machine has not.
+    """
     facts = survey.survey(discover.find(str(pid)))
+    if as_dax:
+        facts = replace(facts, ram=tuple(replace(block, backing=Backing.DEVDAX) for block in facts.ram))
     plan = plan_of(replace(facts, monitor=address) if address is not None else facts, target)
     it = journal.Journal(plan, journal.new_run_id(), directory=str(directory / "run"))
     run = Run(plan=plan, journal=it, report=lambda _: None, bounds=bounds or Bounds())

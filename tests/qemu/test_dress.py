@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from cpr.engines import dress
 from cpr.errors import Exit
 from cpr.linux import proc
+from cpr.linux.lazycopy import LazyCopies
 from cpr.model import MonitorAddress, Status
 from cpr.qemu import state_rehearsal
 from cpr.qemu.cmdline import with_memory_backend_fd
@@ -84,6 +86,32 @@ def test_a_state_that_is_refused_is_told_in_qemus_words(lab: Lab) -> None:
     assert paused_for(result) < 2
 
 
+@pytest.mark.parametrize("new", ["10.0", "11.1.a"])
+def test_ram_that_cannot_be_mapped_copy_on_write(lab: Lab, new: str) -> None:
+    """It is copied as far as the load looks at it; a QEMU that does not take the state is found out all the same."""
+    subject = born(lab, "10.0", "virtio")
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask(new), lab.directory, as_dax=True)
+    assert not any("not rehearsed" in note for note in result.outcome.notes), result
+    assert result.accepted == (new == "10.0"), result
+    assert result.accepted or "VQ 0" in result.outcome.error
+    assert paused_for(result) < 2
+
+
+def test_its_user_may_not_watch_faults(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only the start is rehearsed, and that is told."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(LazyCopies, "begin", refused)
+    subject = born(lab, "10.0", "virtio")
+    with unharmed(lab, subject.guest):
+        result = rehearse(subject.pid, ask("11.1.a"), lab.directory, as_dax=True)
+    assert result.accepted
+    assert any("not rehearsed, only the start: its RAM cannot be copied" in note for note in result.outcome.notes)
+
+
 @pytest.mark.parametrize("old", ["7.2", full("10.0"), full("11.1.a")])
 def test_a_rehearsal_leaves_nothing_and_may_be_repeated(lab: Lab, old: str) -> None:
     subject = born(lab, old)
@@ -96,10 +124,13 @@ def test_a_rehearsal_leaves_nothing_and_may_be_repeated(lab: Lab, old: str) -> N
 
 @needs_tap
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("as_dax", [False, full(True)])
 @pytest.mark.parametrize(
     ("pair", "options"), [(("7.2", "11.1.a"), ""), full(("7.2", "10.0"), ",mq=on"), full(("10.0", "11.1.a"), "")]
 )
-def test_a_linux_guest_that_uses_its_virtio_devices(lab: Lab, pair: tuple[str, str], options: str) -> None:
+def test_a_linux_guest_that_uses_its_virtio_devices(
+    lab: Lab, pair: tuple[str, str], options: str, as_dax: bool
+) -> None:
     """Rings in motion, offloads negotiated: the verdict is still a real load's, and its connection holds."""
     old = build(pair[0])
     image = lab.directory / "disk.qcow2"
@@ -116,7 +147,7 @@ def test_a_linux_guest_that_uses_its_virtio_devices(lab: Lab, pair: tuple[str, s
         load = subject.real_load(build(pair[1]))
         with tap.Stream(network.guest) as stream:
             stream.wait_arrivals()
-            result = rehearse(subject.pid, ask(pair[1]), lab.directory)
+            result = rehearse(subject.pid, ask(pair[1]), lab.directory, as_dax=as_dax)
             goes_on(guest)
             stream.wait_arrivals(20)
         assert stream.sound, stream.error
