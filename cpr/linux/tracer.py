@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 _PROGRAM = "from cpr.linux.tracer import main; main()"
 _LENGTH = struct.Struct("=Q")
-START_SECONDS = 10.0
+START_SECONDS = 30.0
+"""Of a Python, on a host that is busy or emulated."""
+END_SECONDS = 10.0
 DONE_SECONDS = 30.0
 
 
@@ -212,7 +214,7 @@ class Tracer:
         """Have everything undone, and wait until the helper is gone."""
         self._socket.close()
         try:
-            self._helper.wait(START_SECONDS)
+            self._helper.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
 

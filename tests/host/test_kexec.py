@@ -126,6 +126,27 @@ def test_two_guests_one_paused(hosts: Hosts, kind: str, kernel: str, next_: str,
         assert log.sound, log.problems()
 
 
+@pytest.mark.hostfull
+@pytest.mark.timeout(600)
+def test_a_state_that_the_new_qemu_does_not_take(hosts: Hosts) -> None:
+    """Device DAX has no copy-on-write mappings; it is found out before the jump all the same, and everybody runs on."""
+    host = hosts.get(jumps.persistent((96, 96)), fresh=True)
+    first, second = jumps.device_dax(host)
+    virtio = ("-device", "virtio-rng-pci")  # Debian's 11.1 has other queues than its 10.0
+    other = guests.start(host, "10.0", name="other", memory="64M", lies=Lies(LASTING, first))
+    guest = guests.start(host, "10.0", name="guest", memory="64M", lies=Lies(LASTING, second), extra=virtio)
+    with pytest.raises(Stayed) as caught:
+        jumps.jump(host, "7.2", "--all", "--qemu", qemu.obtain("11.1.a").binary, *BY_HAND)
+    said = caught.value.said
+    assert said.code == 3, said
+    assert "state-not-accepted" in said.out, said
+    assert "VQ 0" in said.out, said
+    for each in (other, guest):
+        assert each.runstate() == "running"
+        assert each.whole().sound
+    assert host.sh("cat /sys/kernel/kexec_loaded").strip() == "0"
+
+
 def traced(number: int) -> tuple[str, ...]:
     """QEMU's options for `runstates`."""
     return "-trace", "runstate_set", "-D", f"{LASTING}/guest{number}.trace"
