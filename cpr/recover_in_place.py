@@ -17,7 +17,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from cpr.engines import graft, mend, stream
+from cpr.engines import graft, mend, ptys, stream
 from cpr.engines.borrow import BORROWED, SECONDS
 from cpr.engines.execute import became
 from cpr.engines.leftover import close_left
@@ -114,6 +114,7 @@ def arrive(
     if status == Runstate.RUNNING or record.steps.get(record.commit_index) == "done":
         return status, lost
     lost += _reconnect(process, monitor, fact.get("clients", {}))
+    lost += _ptys(process, monitor, fact.get("ptys", {}))
     if record.header["guest"]["runstate"] == Runstate.RUNNING:
         monitor.execute("cont")
         status = str(monitor.execute("query-status")["status"])
@@ -174,6 +175,19 @@ def _reconnect(process: Process, monitor: Monitor, known: Mapping[str, Sequence[
         except (CommandFailed, OSError) as error:
             lost.append(f"the client of {label} lost its place: {error}")
     return lost
+
+
+def _ptys(process: Process, monitor: Monitor, known: Mapping[str, Sequence[int]]) -> list[str]:
+    """Give the chardevs their ptys, where they have them not already."""
+    there = ptys.masters(process).values()
+    kept = {label: int(numbered[0]) for label, numbered in known.items() if int(numbered[0]) in there}
+    if not kept:
+        return []
+    try:
+        ptys.give_back(process, monitor, kept)
+    except (CprError, OSError) as error:
+        return [f"{', '.join(kept)}: the guest has another pty now ({error})"]
+    return []
 
 
 def _listen(process: Process, monitor: Monitor, displays: Sequence[Sequence[Sequence[int]]]) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream
 from cpr.engines.doors import drop
-from cpr.engines.execute import O_CLOEXEC
 from cpr.engines.inplace import in_place
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import SILENT, waiting_chardevs
@@ -89,30 +88,19 @@ class KeepClients(Step):
             if chardev.client is None:
                 raise StepFailed(self.describe(), f"{chardev.label}: the new QEMU has not accepted our client")
             number = kept.clients[chardev.label]
-            yield from _put(number, chardev.client)
+            yield from ptys.put(number, chardev.client)
         for entry in self.silent:
             if (kept_as := kept.clients.get(entry.name.removeprefix(SILENT))) is not None:
                 assert entry.target is not None
-                yield from _put(kept_as, entry.target)
+                yield from ptys.put(kept_as, entry.target)
 
     def _ptys(self, run: Run, kept: InPlace) -> Iterator[Call]:
         """The masters in the places of those that the new QEMU has made."""
-        if not kept.ptys:
-            return
-        assert run.new is not None
-        names = {e["label"]: str(e["filename"]) for e in run.successor.execute("query-chardev")}
-        now = tuple(replace(c, filename=names.get(c.label, "")) for c in self.guest.chardevs)
-        made = ptys.of_chardevs(ptys.named(now), ptys.masters(run.new, besides=kept.ptys.values()))
-        for label, number in kept.ptys.items():
-            if label not in made:
-                raise StepFailed(self.describe(), f"{label}: the new QEMU has made no pty")
-            yield from _put(number, made[label])
-
-
-def _put(number: int, place: int) -> Iterator[Call]:
-    """A kept descriptor gets the place of another one."""
-    yield Call("dup3", (number, place, O_CLOEXEC))
-    yield Call("close", (number,))
+        if kept.ptys:
+            assert run.new is not None
+            made = ptys.places(run.new, run.successor, kept.ptys)
+            for label, number in kept.ptys.items():
+                yield from ptys.put(number, made[label])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,15 @@ side must be one and one.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from typing import TYPE_CHECKING
 
 from cpr.errors import StepFailed
 from cpr.linux import fds
 from cpr.linux.syscalls import pty_number
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Detach, Tracer
 from cpr.qemu.chardevs import pty_numbers
 from cpr.qemu.clients import descriptor_targets
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
     from cpr.linux.process import Process
     from cpr.model import Chardev
+    from cpr.qemu.qmp import Monitor
 
 
 def named(chardevs: Iterable[Chardev]) -> dict[str, int]:
@@ -55,3 +60,33 @@ def of_chardevs(names: Mapping[str, int], there: Mapping[int, int]) -> dict[str,
             "find the ptys", f"which of {len(left)} ptys are those of {', '.join(nameless)} cannot be told"
         )
     return {**found, nameless[0]: left[0]}
+
+
+def places(process: Process, monitor: Monitor, kept: Mapping[str, int]) -> dict[str, int]:
+    """{chardev: descriptor of the master that QEMU has made}, where `kept` are those to have their places.
+
+    Raises:
+        StepFailed: one has made none, or they cannot be told apart. OSError.
+    """
+    called = ((e["label"], re.match(r"pty:/dev/pts/(\d+)$", e["filename"])) for e in monitor.execute("query-chardev"))
+    names = {label: int(match[1]) if match else -1 for label, match in called if label in kept}
+    made = of_chardevs(names, masters(process, besides=kept.values()))
+    if lacking := kept.keys() - made.keys():
+        raise StepFailed("find the ptys", f"{', '.join(sorted(lacking))}: the new QEMU has made no pty")
+    return made
+
+
+def give_back(process: Process, monitor: Monitor, kept: Mapping[str, int]) -> None:
+    """Put masters that a process has besides in the places of those that its QEMU has made. Raises as `places`, and
+    what a tracer raises.
+    """
+    made = places(process, monitor, kept)
+    calls = [call for label, number in kept.items() for call in put(number, made[label])]
+    if calls:
+        with Tracer.start(process) as tracer:
+            tracer.run(Attach(), Batch(tuple(calls)), Detach())
+
+
+def put(number: int, place: int) -> tuple[Call, Call]:
+    """A kept descriptor gets the place of another one."""
+    return Call("dup3", (number, place, os.O_CLOEXEC)), Call("close", (number,))

@@ -14,7 +14,7 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cpr.engines import graft, leftover, stream
+from cpr.engines import graft, leftover, ptys, stream
 from cpr.engines.borrow import NOWHERE, note_number, sessions, tell_resume
 from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.relay import Relay
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STEP = "start the old QEMU again"
 ATTEMPTS = 3
+MASTER = "master:"
+"""Of a chardev's pty: in the names of `Run.descriptors`."""
 STATE_NUMBER, PROGRAM_NUMBER, CLIENT_NUMBERS = 8, 9, range(10, 20)
 """Below all that a successor is given: the state, for `cpr recover`; the old program where another file stands at its
 path now; clients whose monitors were borrowed."""
@@ -48,6 +50,8 @@ class Placed:
     state: tuple[int, int]
     clients: dict[str, tuple[int, int]]
     """By chardev."""
+    ptys: dict[str, tuple[int, int]]
+    """Masters, by chardev."""
     vnc: list[list[tuple[int, int]]]
     """Listeners of each display."""
 
@@ -57,7 +61,8 @@ class Placed:
         return [*self.clients.values(), *itertools.chain(*self.vnc)]
 
     def facts(self) -> dict[str, object]:
-        return {"state": self.state, "clients": self.clients, "vnc": self.vnc, "left": self.left}
+        lasting = {"state": self.state, "clients": self.clients, "ptys": self.ptys}
+        return {**lasting, "vnc": self.vnc, "left": self.left}
 
 
 def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
@@ -81,6 +86,10 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
                 raise
             run.notes.append(f"on the way back, tried again: {error.message}")
     reconnect(run, run.successor, dict(clients_held(run)))
+    try:
+        ptys.give_back(process, monitor, {label: number for label, (number, _) in placed.ptys.items()})
+    except (CprError, OSError) as error:
+        run.notes.append(f"{', '.join(placed.ptys)}: the guest has another pty on the way back ({error})")
     seen = monitor.event_count
     if guest.running:
         monitor.execute("cont")
@@ -132,6 +141,7 @@ def _given(run: Run, back: Successor, kept: InPlace) -> tuple[dict[int, int], Pl
     placed = Placed(
         state=(STATE_NUMBER, os.fstat(kept.state.number).st_ino),
         clients={label: place(fd) for label, fd in clients_held(run)},
+        ptys={n.removeprefix(MASTER): place(fd) for n, fd in run.descriptors.items() if n.startswith(MASTER)},
         vnc=[[place(run.descriptors[name]) for name in names] for _, names in back.vnc],
     )
     return given, placed

@@ -6,6 +6,7 @@ process; after the commit it is in the new one, in its own.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from cpr.run import Bounds
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.moments import Moment, Script
 from tests.qemu.faults.subject import Victim
+from tests.qemu.test_reexec import masters_of
 
 if TYPE_CHECKING:
-
+    from tests.lab.start import Lab
     from tests.qemu.conftest import Command
 
 SHORT = Bounds(timeout=6.0, max_downtime=1.5)
@@ -157,3 +159,36 @@ def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Mom
     again = cpr("recover", "--json")
     assert (again.code, again.json["guests"]) == (Exit.OK, [])
     victim.can_be_updated()
+
+
+PTY = ("-chardev", "pty,id=p0", "-serial", "chardev:p0")
+
+
+@pytest.mark.parametrize("faulty", ["fails", pytest.param("dies", marks=pytest.mark.full)])
+def test_a_pty_stays_open(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> None:
+    """Whoever has its other end open goes on, also where the old program is started again, or cpr is."""
+    victim = Victim.start(lab, engine=ENGINE, words=PTY)
+    before = victim.before()
+    (name,) = (c.filename for c in before.facts.chardevs if c.label == "p0")
+    slave = os.open(name.removeprefix("pty:"), os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        there = masters_of(victim.pid)
+        if faulty == "fails":
+            outcome = victim.play(Fault(at=SCRIPT.at("LoadState", "done"), do="fail"))
+            assert outcome.status == Status.ROLLED_BACK, outcome
+            assert not any("pty" in note for note in outcome.notes), outcome
+            victim.in_the_old_again(before)
+        else:
+            victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
+            result = cpr("recover", "--json")
+            assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
+            assert not any("pty" in note for note in result.guest["notes"]), str(result)
+            victim.in_the_new(before)
+        assert masters_of(victim.pid) == there
+        os.write(slave, b"x")  # EIO where nobody has the master
+        with pytest.raises(BlockingIOError):
+            os.read(slave, 1)  # nothing, and no end
+        victim.can_be_updated()
+        assert masters_of(victim.pid) == there
+    finally:
+        os.close(slave)
