@@ -33,6 +33,8 @@ SILENCES: list[str] = []
 HZ = 25  # each byte on the console is an exit of the nested guest, and dear
 CLOCK_SECONDS = 10.0
 """How long lines are compared with our clock, at most, before an update and behind it."""
+MAX_DOWNTIME = "30"
+"""All is emulated here, and beside other work a pause of two seconds may be one of ten."""
 NICENESS = 10  # of a guest while it is moved: the host VM has one processor, and the Linux guest would take most of it
 
 
@@ -97,7 +99,7 @@ class Subject:
         note("update")
         began = time.monotonic()
         words = ["update", "--restart", str(self.pid), "--qemu", str(target.binary), "-y", "--json"]
-        words += ["--engine", engine]
+        words += ["--engine", engine, "--max-downtime", MAX_DOWNTIME]
         command = [sys.executable, "-m", "cpr", *words]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         seconds = time.monotonic() - began
