@@ -228,7 +228,7 @@ def vfio_no_agent(guest: Guest) -> Iterator[Finding]:
     )
 
 
-@check("vfio-mdev", "A mediated device", ignorable=False, modes=MODES)
+@check("vfio-mdev", "A mediated device, or none of PCI", ignorable=False, modes=MODES)
 def vfio_mdev(command: CommandLine) -> Iterator[Finding]:
     """Its state is in the host's driver, and ends with this kernel."""
     for device in devices(command):
@@ -237,5 +237,11 @@ def vfio_mdev(command: CommandLine) -> Iterator[Finding]:
             yield blocker(
                 device.id or device.driver,
                 f"{device.driver} on {place} is a mediated device (mdev): its state ends with this kernel",
+                "unplug it for the update and plug it in again",
+            )
+        elif device.driver.startswith("vfio-") and not device.driver.startswith("vfio-pci"):
+            yield blocker(
+                device.id or device.driver,
+                f"{device.driver} is no PCI device: it cannot be bound again after the boot",
                 "unplug it for the update and plug it in again",
             )

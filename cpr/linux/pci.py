@@ -31,6 +31,19 @@ def full_address(text: str) -> str:
     return f"{(domain or '0000').lower()}:{bus.lower()}:{slot.lower()}.{function}"
 
 
+def passed_through(driver: str, host: str | None, sysfsdev: str | None) -> str | None:
+    """Address of the PCI device that a `-device` of QEMU passes through; None where it is none of the kind.
+
+    `host` and `sysfsdev` are its parameters; QEMU goes by the second where it has both.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if not driver.startswith("vfio-pci"):  # vfio-pci-nohotplug is one, too
+        return None
+    return full_address(os.path.basename((sysfsdev or "").rstrip("/")) or host or "")
+
+
 def _device(address: str, root: str) -> str:
     return os.path.join(root, "sys/bus/pci/devices", address)
 

@@ -144,10 +144,9 @@ def _vfio(guest: Guest) -> list[VfioDevice]:
     command = command_of(guest)
     found = []
     for device in devices(command) if command is not None else ():
-        host = device.params.get("host")
-        if device.driver == "vfio-pci" and host:
-            with contextlib.suppress(ValueError, OSError):
-                address = pci.full_address(host)
+        with contextlib.suppress(ValueError, OSError):
+            address = pci.passed_through(device.driver, device.params.get("host"), device.params.get("sysfsdev"))
+            if address is not None:
                 found.append(VfioDevice(address=address, driver=pci.driver(address)))
     return found
 

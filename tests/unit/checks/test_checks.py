@@ -526,6 +526,7 @@ KEXEC = [
     over("vfio-no-agent", "all well", on_dax(devices=NVME, agent=AGENT, s3_disabled=False)),
     over("vfio-no-agent", "no vfio", on_dax()),
     over("vfio-mdev", "it is", on_dax("-device", f"vfio-pci,id=g0,sysfsdev={MDEV}"), [(B, "g0")]),
+    over("vfio-mdev", "of another bus", on_dax("-device", "vfio-ccw,id=c0,sysfsdev=/sys/bus/css/x"), [(B, "c0")]),
     over("vfio-mdev", "a PCI device", on_dax("-device", "vfio-pci,sysfsdev=/sys/bus/pci/devices/0000:03:00.0")),
     over("descriptor-not-recreated", "a set of descriptors", on_dax(not_had_again=(NO_SET,)), [(B, "-add-fd set 2")]),
     over("descriptor-not-recreated", "RAM that is lost anyhow", guest(not_had_again=(NotHadAgain("ram0", "w", "h"),))),

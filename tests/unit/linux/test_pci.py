@@ -92,6 +92,27 @@ def test_what_is_no_address(text: str) -> None:
         pci.full_address(text)
 
 
+@pytest.mark.parametrize(
+    ("driver", "host", "sysfsdev", "address"),
+    [
+        ("vfio-pci", "03:00.0", None, NVME),
+        ("vfio-pci-nohotplug", "03:00.0", None, NVME),
+        ("vfio-pci", None, f"/sys/bus/pci/devices/{NVME}", NVME),
+        ("vfio-pci", "04:00.0", f"/sys/devices/pci0000:00/0000:00:01.0/{NVME}/", NVME),
+        ("nvme", "03:00.0", None, None),
+    ],
+)
+def test_which_device_is_passed_through(
+    driver: str, host: str | None, sysfsdev: str | None, address: str | None
+) -> None:
+    assert pci.passed_through(driver, host, sysfsdev) == address
+
+
+def test_a_mediated_device_is_no_pci_device() -> None:
+    with pytest.raises(ValueError, match="not the address"):
+        pci.passed_through("vfio-pci", None, "/sys/bus/mdev/devices/83b8f4f2-509f-382f-3c1e-e6bfe0fa1001")
+
+
 def test_the_module_of_an_unknown_driver_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake modprobe, which fails: that is seen when the device is bound."""
     calls: list[Sequence[str]] = []
