@@ -126,7 +126,7 @@ def put_in_order(record: Record, process: Process, monitor: Monitor, fact: Mappi
     names = [step["id"] for step in record.header["steps"]]
     done = {names[index] for index, state in record.steps.items() if state == "done"}
     lost = [] if PassVncListeners.__name__ in done else _listen(process, monitor, fact.get("vnc", []))
-    return lost + close_left(process, fact.get("left", []))
+    return lost + close_left(process, fact.get("left", []), fact.get("helpers", []))
 
 
 def _take(process: Process, numbered: Sequence[int]) -> Fd:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpr.engines import fdmap, ptys, stream
 from cpr.engines.doors import drop
 from cpr.engines.inplace import in_place
+from cpr.engines.leftover import end_helpers
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import SILENT, waiting_chardevs
 from cpr.errors import StepFailed
-from cpr.linux import proc
-from cpr.linux.process import open_process
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Batch, Detach
 from cpr.model import Guest, Step
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Inherited
     from cpr.run import Run
-
-WNOHANG_ALL = os.WNOHANG | 0x40000000
-"""__WALL as well: helpers of async teardown end without a signal (system/async-teardown.c)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,29 +119,13 @@ class LetClientsIn(Step):
             sock.close()
         kept.standing_in.clear()
         drop(run)
-        ended = [pid for pid in self.guest.teardown_helpers if _end_helper(pid, self.guest.process.pid)]
+        reap = end_helpers(self.guest.teardown_helpers, self.guest.process.pid)
         try:
             kept.attach(run.new)
             there = set(fdmap.verify(self.guest.process.pid, kept.left).good.values())  # QEMU closes some itself
-            calls = (
-                *(Call("close", (number,)) for number in there),
-                *(Call("wait4", (pid, 0, WNOHANG_ALL, 0)) for pid in ended),
-            )
-            kept.tracer.run(Batch(calls), Detach())
+            kept.tracer.run(Batch((*(Call("close", (number,)) for number in there), *reap)), Detach())
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         finally:
             with contextlib.suppress(OSError):
                 kept.tracer.close()
-
-
-def _end_helper(pid: int, parent: int) -> bool:
-    """End a helper process of the old program; whether it was one, and is to be reaped."""
-    try:
-        if proc.parent_of(pid) != parent:
-            return False
-        with open_process(pid) as helper:
-            helper.kill()
-            return helper.wait_dead(1.0)
-    except OSError:
-        return False

@@ -188,6 +188,7 @@ class ExecNew(Step):
             vnc=[[there[name] for name in names] for _, names in self.successor.vnc],
             left=[there[name] for name in kept.left.entries],
             changed=kept.changed,
+            helpers=self.guest.teardown_helpers,
             placed=_placed(self.successor),
         )
 

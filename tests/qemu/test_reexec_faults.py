@@ -6,6 +6,7 @@ process; after the commit it is in the new one, in its own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cpr.errors import Exit
+from cpr.linux import proc
 from cpr.model import Status
 from cpr.run import Bounds
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.moments import Moment, Script
 from tests.qemu.faults.subject import Victim
+from tests.qemu.surveying import until
+from tests.qemu.test_likeness import helpers
 from tests.qemu.test_reexec import masters_of
 
 if TYPE_CHECKING:
@@ -159,6 +163,33 @@ def test_both_are_killed(victim: Victim, cpr: Command, stage: Stage, moment: Mom
     again = cpr("recover", "--json")
     assert (again.code, again.json["guests"]) == (Exit.OK, [])
     victim.can_be_updated()
+
+
+TEARDOWN = ("-run-with", "async-teardown=on")
+
+
+@pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_no_helper_of_the_old_program_is_left(lab: Lab, cpr: Command, stage: Stage, dies: bool) -> None:
+    """It would hold the old program's memory; it is ended, and reaped, by whoever brings the guest into the new one."""
+    victim = Victim.start(lab, "10.0", engine=ENGINE, words=TEARDOWN, everything=False)
+    (old,) = helpers(lab)
+    if dies:
+        victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
+        result = cpr("recover", "--json")
+        assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
+    else:
+        assert victim.play().status == Status.UPDATED
+    until(lambda: old not in helpers(lab))
+    assert len(helpers(lab)) == 1, "the new program has one of its own"
+    children = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == victim.pid]
+    assert children == helpers(lab), "what has ended is reaped"
+    victim.counts()
+
+
+def parent(pid: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return proc.parent_of(pid)
+    return 0
 
 
 PTY = ("-chardev", "pty,id=p0", "-serial", "chardev:p0")
