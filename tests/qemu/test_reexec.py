@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cpr.engines import ptys
+from cpr.engines import fdmap, ptys
 from cpr.engines.relay import HIDDEN_WHILE_LOADING
 from cpr.errors import Exit
+from cpr.linux.proc import read_environ
 from cpr.linux.process import open_process
+from cpr.qemu.clients import descriptor_targets
 from tests.qemu.conftest import Command, qemus_of
 from tests.qemu.faults.fault import PATIENCE, Fault
 from tests.qemu.faults.moments import Script
@@ -59,6 +61,14 @@ def identity(pid: int) -> dict[str, Any]:
     }
 
 
+def sockets(pid: int) -> set[tuple[str, int]]:
+    """Path and inode of each UNIX socket that it has with a name: listeners, and connections that came there."""
+    rows = (line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:])
+    paths = {int(row[6]): row[7] for row in rows if len(row) > 7}
+    inodes = [int(t[8:-1]) for t in descriptor_targets(pid).values() if t.startswith("socket:[")]
+    return {(paths[inode], inode) for inode in inodes if inode in paths}
+
+
 @pytest.mark.parametrize(
     "route",
     ["7.2 11.1.a 7.2", pytest.param("10.0 11.1.b 11.1.a", marks=pytest.mark.full)],
@@ -75,13 +85,15 @@ def test_the_process_is_the_same_and_everybody_stays_connected(
     )
     with counted(lab, builds(first), *extra) as guest:
         pid = guest.process.pid
-        before = identity(pid)
+        before, connected = identity(pid), sockets(pid)
+        assert {Path(path).name for path, _ in connected} >= {"idle", "vnc", Path(str(guest.qmp)).name}
         for key in rest:
             with typing(guest):
                 result = cpr.update(guest.name, builds(key))
                 assert (result.code, result.guest["pid_after"]) == (0, pid), str(result)
                 assert result.guest["engine"] == "reexec"
             assert identity(pid) == before
+            assert sockets(pid) == connected
             assert os.path.realpath(f"/proc/{pid}/exe") == os.path.realpath(builds(key).binary)
             assert pidfile.read_text().strip() == str(pid)
             assert rfb(vnc).startswith(b"RFB ")
@@ -166,6 +178,36 @@ def test_a_program_that_cannot_be_executed(
         assert cpr.update(number, builds("11.1.a")).guest["status"] == "updated"
         guest.log.wait_ticks(20)
         guest.check()
+
+
+PLANTED = {
+    "CPR_FD_serial0": "7,8",
+    "CPR_RUN": "planted",
+    "QEMU_FD_ram": "3",
+    "QEMU_CPR_ram": "3",
+    "QEMU_START_FREEZE": "1",
+}
+
+
+def test_the_map_in_the_environment(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """What was planted there is removed, and told; what stands there after an update is true, and not told."""
+    odd = {**PLANTED, "CPR_OF_MINE": "kept"}
+    with counted(lab, builds("7.2"), environment=odd) as guest:
+        pid = guest.process.pid
+        for key, told in (("11.1.a", ["CPR_FD_serial0, QEMU_CPR_ram, QEMU_FD_ram, QEMU_START_FREEZE"]), ("11.1.b", [])):
+            result = cpr.update(guest.name, builds(key))
+            assert (result.code, result.guest["pid_after"]) == (0, pid), str(result)
+            found = result.guest["findings"]
+            assert [f["subject"] for f in found if f["check"] == "foreign-variables"] == told
+            environ = dict(read_environ(pid))
+            assert environ["CPR_OF_MINE"] == "kept"
+            assert not PLANTED.items() & environ.items()
+            known = fdmap.decode(environ.items())
+            assert known.run.endswith(f"/{pid}")
+            assert fdmap.STATE in known.entries
+            verified = fdmap.verify(pid, known)
+            assert "chardev" in {name.partition(":")[0] for name in verified.good}, verified
+        guest.check(rounds=0)
 
 
 def test_a_pty_stays_open(lab: Lab, cpr: Command, builds: Builds) -> None:
