@@ -20,9 +20,11 @@ from tests.qemu.faults.fault import PATIENCE, Fault
 from tests.qemu.faults.moments import Script
 from tests.qemu.faults.subject import killed
 from tests.qemu.managers import Flood
+from tests.qemu.moving import backend, untouched
 from tests.qemu.parties import Qmp, Wire, counted
 from tests.qemu.surveying import until
 from tests.qemu.test_connections import rfb, server, typing
+from tests.qemu.test_survey_process import traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,6 +180,19 @@ def test_a_program_that_cannot_be_executed(
         assert cpr.update(number, builds("11.1.a")).guest["status"] == "updated"
         guest.log.wait_ticks(20)
         guest.check()
+
+
+def test_one_that_somebody_traces_is_refused(lab: Lab, cpr: Command, builds: Builds) -> None:
+    """By name, with the other engine offered, and before anything is touched; without the tracer it is updated."""
+    guest = lab.counting(builds("7.2"), backend=backend(builds("7.2"), lab))
+    with traced(guest.pid) as tracer, untouched(lab, guest):
+        result = cpr.update(guest.pid, builds("11.1.a"))
+        assert result.code == Exit.BLOCKED, str(result)
+        (found,) = (f for f in result.guest["findings"] if f["severity"] == "blocker")
+        assert found["check"] == "ptrace"
+        assert str(tracer) in found["message"]
+        assert "--engine handover" in found["hint"]
+    assert cpr.update(guest.pid, builds("11.1.a")).guest["status"] == "updated"
 
 
 PLANTED = {

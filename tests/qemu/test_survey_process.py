@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.unit.checks import facts
 from tests.unit.fake_world import FakeEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
@@ -57,18 +58,25 @@ def test_a_plain_one(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
     assert (guest.teardown_helpers, guest.seccomp_filters, guest.pidfile_holds_pid) == ((), 0, False)
 
 
-def test_one_that_is_traced(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
-    """A debugger is at it: told, and handover is what is left."""
-    orphan = start(lab, builds("10.0"))
-    with subprocess.Popen([sys.executable, "-c", SEIZE, str(orphan.pid)], stdout=subprocess.PIPE) as tracer:
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[int]:
+    """Somebody traces it: the pid of who does."""
+    with subprocess.Popen([sys.executable, "-c", SEIZE, str(pid)], stdout=subprocess.PIPE) as tracer:
         try:
             assert tracer.stdout is not None
             assert tracer.stdout.readline() == b"0\n"
-            guest = surveyed(orphan)
+            yield tracer.pid
         finally:
             tracer.kill()
+
+
+def test_one_that_is_traced(lab: Lab, builds: Callable[[str], QemuBuild]) -> None:
+    """A debugger is at it: told, and handover is what is left."""
+    orphan = start(lab, builds("10.0"))
+    with traced(orphan.pid) as tracer:
+        guest = surveyed(orphan)
     assert guest.untraceable is not None
-    assert str(tracer.pid) in guest.untraceable.why
+    assert str(tracer) in guest.untraceable.why
     assert [f.check for f in run_checks(guest, facts.host(), None, None) if f.engines == ("reexec",)] == ["ptrace"]
     assert surveyed(orphan).untraceable is None
 
