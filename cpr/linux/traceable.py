@@ -20,6 +20,9 @@ _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _RESTORE = "/proc/sys/kernel/ns_last_pid"
 """There only with CONFIG_CHECKPOINT_RESTORE (kernel/pid_namespace.c), which PTRACE_O_SUSPEND_SECCOMP needs."""
 
+_INITIAL = 0xEFFFFFFD
+"""PROC_USER_INIT_INO (include/linux/proc_ns.h)."""
+
 _TRACE = capabilities.mask("CAP_SYS_PTRACE")
 _ADMIN = capabilities.mask("CAP_SYS_ADMIN")
 
@@ -89,12 +92,19 @@ def credentials_refuse(pid: int, them: Status, us: Status) -> CprError | None:
     return None
 
 
-def seccomp_refuses(pid: int, them: Status, us: Status, restore: bool | None = None) -> CprError | None:
-    """check_ptrace_options: who suspends a filter has CAP_SYS_ADMIN and no filter itself."""
+def seccomp_refuses(
+    pid: int, them: Status, us: Status, restore: bool | None = None, initial: bool | None = None
+) -> CprError | None:
+    """check_ptrace_options: who suspends a filter has CAP_SYS_ADMIN in the initial user namespace, and no filter."""
     if not them.seccomp:
         return None
     if not us.effective & _ADMIN:
         return _lacking(pid, "its seccomp filter cannot be suspended", "CAP_SYS_ADMIN")
+    if not (_in_initial_user_namespace() if initial is None else initial):
+        return _lacking(
+            pid, "its seccomp filter cannot be suspended out of a user namespace", "CAP_SYS_ADMIN",
+            "run cpr in the host's own user namespace",
+        )  # fmt: skip
     if us.seccomp:
         return _lacking(
             pid, "its seccomp filter cannot be suspended by a process that has one", "no seccomp filter",
@@ -103,6 +113,10 @@ def seccomp_refuses(pid: int, them: Status, us: Status, restore: bool | None = N
     if not (os.path.exists(_RESTORE) if restore is None else restore):
         return _lacking(pid, "its seccomp filter cannot be suspended", "CONFIG_CHECKPOINT_RESTORE")
     return None
+
+
+def _in_initial_user_namespace() -> bool:
+    return os.stat("/proc/self/ns/user").st_ino == _INITIAL
 
 
 def _foreign(pid: int) -> CprError | None:

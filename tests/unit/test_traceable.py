@@ -71,8 +71,15 @@ def test_credentials(them: Status, words: str) -> None:
     ],
 )
 def test_seccomp(seccomp: int, us: Status, restore: bool, ability: str | None) -> None:
-    found = traceable.seccomp_refuses(1, replace(THEM, seccomp=seccomp), us, restore)
+    found = traceable.seccomp_refuses(1, replace(THEM, seccomp=seccomp), us, restore, True)
     assert getattr(found, "ability", None) == ability
+
+
+def test_root_of_a_user_namespace_may_not_suspend_a_filter() -> None:
+    found = traceable.seccomp_refuses(1, replace(THEM, seccomp=2), replace(US, effective=ALL), True, False)
+    assert isinstance(found, PrivilegeError)
+    assert found.ability == "CAP_SYS_ADMIN"
+    assert "the host's own user namespace" in found.hint
 
 
 def program(bits: int, machine: int) -> bytes:
