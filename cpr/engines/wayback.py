@@ -100,6 +100,18 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     _put_back(run, guest, back)
     _give_monitors_back(run, process)
     run.notes += leftover.close_left(process, placed.left)
+    run.notes += [_outside(unit, process.pid) for unit in _units(guest)]
+
+
+def _units(guest: Guest) -> list[str]:
+    return [supervisor.who for supervisor in guest.supervisors if supervisor.kind == "systemd"]
+
+
+def _outside(unit: str, pid: int) -> str:
+    return (
+        f"to systemd {unit} has ended: the guest runs outside of it, in pid {pid}; with Restart= it may be started a "
+        f"second time, which `systemctl mask --runtime --now {unit}` keeps from happening until it is shut down"
+    )
 
 
 def _start(run: Run, guest: Guest, back: Successor, kept: InPlace) -> tuple[Process, qmp.Monitor, Placed]:
@@ -182,7 +194,7 @@ def _launch(
 
 def _like(guest: Guest, kept: InPlace) -> likeness.Likeness:
     """As the old process was; but systemd ends everything in the cgroup of a service whose main process has died."""
-    if any(supervisor.kind == "systemd" for supervisor in guest.supervisors):
+    if _units(guest):
         return replace(kept.like, cgroups=())
     return kept.like
 

@@ -257,7 +257,8 @@ def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, *, un
     host, name = guest.host, guest.name
     host.sh(f"rm -f {guest.console}")
     if unit:
-        host.sh(f"systemd-run --quiet --unit={name} --property=Type=exec {shlex.join(words)}")
+        properties = "--property=Type=exec --property=Restart=always"  # whoever loses sight of it counts a restart
+        host.sh(f"systemd-run --quiet --unit={name} {properties} {shlex.join(words)}")
         guest.pid = int(host.sh(f"systemctl show -P MainPID {name}.service"))
     else:
         background = f"setsid {wrapped(words, name, likeness)} < /dev/null > {guest.stem}.out 2>&1 & echo $!"
