@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.host import guests, jumps
+from tests.host import guests, jumps, kernels
 from tests.host.guests import LASTING, Lies
 from tests.host.jumps import BY_HAND
 from tests.host.machine import NVDIMM
@@ -67,7 +68,7 @@ def test_refused_until_it_is_put_right(hosts: Hosts) -> None:
     host.inside("ram", "spoil", path, MIB)
     assert host.inside("ram", "wipe", path, MIB)["held"] == 0
     refused(host, "wiped")
-    assert host.inside("ram", "wipe", path, MIB)["held"] == 0, "something was written over what was found"
+    assert host.inside("ram", "look", path, MIB)["held"] == 0, "something was written over what was found"
     assert host.inside("ram", "back", path, MIB)["held"] > 0
 
     restored = jumps.restore(host)
@@ -96,6 +97,24 @@ def test_refused_until_it_is_put_right(hosts: Hosts) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_power_fails_instead_of_the_jump(hosts: Hosts) -> None:
+    """When the guests are saved, and before anything else is done: what is on disk by then is enough, on an NVDIMM."""
+    host = hosts.get(jumps.persistent((160,), NVDIMM), fresh=True)
+    (path,) = jumps.device_dax(host)
+    guest = guests.start(host, "10.0", name="web1", memory=f"{MIB}M", lies=Lies(LASTING, path))
+    held = "until grep -qs '\"phase\": \"committed\"' /var/lib/cpr/reboot/*/manifest.json; do :; done; kill -STOP $cpr"
+    words = shlex.join(["update", "--kexec", "-y", "--all", *jumps.next_kernel("7.2"), *BY_HAND])
+    host.sh(f"(cpr {words} & cpr=$!; {held}; touch /run/held) > /dev/null 2>&1 < /dev/null &")
+    host.sh("until test -e /run/held; do sleep 0.2; done", 240)
+    assert host.sh("uname -r").strip() == kernels.obtain("6.12").release
+    host.power_cycle("7.2")
+    restored = jumps.restore(host)
+    assert restored.code == 0, restored
+    log = guest.whole()
+    assert log.sound, log.problems()
+
+
+@pytest.mark.timeout(900)
 def test_power_fails_after_the_jump(hosts: Hosts) -> None:
     """An NVDIMM keeps its content, and what was saved is restored a boot later."""
     host = hosts.get(jumps.persistent((160,), NVDIMM), fresh=True)
@@ -119,5 +138,22 @@ def test_another_kernel_than_the_wanted_one_came_up(hosts: Hosts) -> None:
     host.kexec("6.12")
     restored = jumps.restore(host)
     assert restored.code == 0, restored
+    (told,) = (note for note in jumps.back(restored)["web1"]["notes"] if "was to run the kernel" in note)
+    assert all(kernels.obtain(key).release in told for key in ("7.2", "6.12")), told
     log = guest.whole()
     assert log.sound, log.problems()
+
+
+@pytest.mark.timeout(900)
+def test_memmap_is_forgotten_by_hand(hosts: Hosts) -> None:
+    """Somebody boots on without the word, so the memory is the kernel's: refused, and what is on disk is kept."""
+    host = hosts.get(jumps.persistent((160,)), fresh=True)
+    (path,) = jumps.device_dax(host)
+    guests.start(host, "10.0", name="web1", memory=f"{MIB}M", lies=Lies(LASTING, path))
+    jumps.jump(host, "7.2", "--all", *BY_HAND)
+    state = jumps.saved(host)["guests"][0]["state"]["path"]
+    before = host.sh(f"sha256sum {state}")
+    host.kexec("6.12", " ".join(word for word in host.machine.append().split() if not word.startswith("memmap=")))
+    refused(host, path)
+    assert host.sh(f"sha256sum {state}") == before
+    assert host.run(f"test -e {path}").code != 0, "a file was made where a device was"

@@ -382,6 +382,20 @@ def test_after_another_boot(host: Host, builds: Builds) -> None:
 
 
 @full
+def test_restored_in_the_old_qemu(host: Host, builds: Builds) -> None:
+    """Asked for with --qemu old: in the copy of the QEMU that it was saved from, whatever stands at its path now."""
+    host.guest(builds("7.2"))
+    counts = host.counts()
+    assert host.update("--qemu", builds("11.1.a").binary).code == 0
+    result = host.restore("--qemu", "old")
+    assert result.code == 0, str(result)
+    (guest,) = guests_of(result)
+    assert guest["binary_after"]["version"] == builds("7.2").version
+    program = os.readlink(f"/proc/{host.guests[0].pid}/exe")
+    assert program.startswith(str(host.state)), program
+    host.guests[0].counts_on(counts[0])
+
+
 def test_a_new_qemu_that_does_not_take_the_state(host: Host, builds: Builds) -> None:
     """Found out before anybody is stopped for good: blocked, in QEMU's words, and all run on."""
     host.guest(builds("10.0"), *virtio(host.lab))

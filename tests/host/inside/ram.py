@@ -1,4 +1,5 @@
-"""Persistent memory in the host VM as somebody else might find and leave it: copied to a file, wiped, put back, spoilt.
+"""Persistent memory in the host VM as somebody else might find and leave it: copied to a file, wiped, put back, spoilt,
+or only looked at. `held`: pages that are not empty.
 
 A device DAX can be mapped, but neither read nor written.
 """
@@ -18,7 +19,7 @@ PAGE = 4096
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("copy", "wipe", "back", "spoil"))
+    parser.add_argument("what", choices=("copy", "wipe", "back", "spoil", "look"))
     parser.add_argument("path")
     parser.add_argument("mib", type=int)
     parser.add_argument("--file", default="/state/ram.copy")
@@ -36,9 +37,9 @@ def main() -> int:
             with open(options.file, "rb") as file:
                 for at in range(0, size, 1 << 20):
                     memory[at : at + (1 << 20)] = file.read(1 << 20)
-        else:
+        elif options.what == "spoil":
             memory[:PAGE] = bytes(byte ^ 0xFF for byte in memory[:PAGE])
-        held = sum(1 for at in range(0, size, 1 << 20) if memory[at : at + PAGE] != bytes(PAGE))
+        held = sum(1 for at in range(0, size, PAGE) if memory[at : at + PAGE] != bytes(PAGE))
     os.close(number)
     json.dump({"held": held, "free": shutil.disk_usage("/state").free}, sys.stdout)
     return 0
