@@ -1,8 +1,8 @@
 """``python -m tests.bench.reboot``: what a new host kernel under 1, 4, 8 guests takes, by real kexecs in the host VM.
 
-Counting guests with RAM on device DAX under nested KVM; one boot of the host VM, one jump for each number of guests and
-run, to and fro between two kernels. The host VM is emulated (TCG, one processor): on hardware every figure is smaller.
-A guest that is not sound afterwards makes the exit status 1.
+Counting guests with RAM on device DAX under nested KVM; one boot of the host VM for each size of them, one jump for
+each number of guests and run, to and fro between two kernels. The host VM is emulated (TCG, one processor): on hardware
+every figure is smaller. A guest that is not sound afterwards makes the exit status 1.
 
 Out of scope: the pause of a restart of QEMU alone (the package's other tables).
 """
@@ -22,30 +22,40 @@ from typing import TYPE_CHECKING, Any
 from tests.bench.host import host as machine
 from tests.bench.host import load_words
 from tests.host import guests, jumps
-from tests.host.guests import LASTING, Guest, Lies
+from tests.host.guests import HZ, LASTING, Guest, Lies
 from tests.host.jumps import BY_HAND
 from tests.host.vm import Host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.lab.counting import CountingLog
+
 NUMBERS = "1,4,8"
 KERNELS = ("7.2", "6.12")
 """Jumped into in turns; the host boots the second one."""
-GUEST_MIB, SPARE_MIB = 64, 32
-"""Of a guest; and how much larger the memory is that is set aside for it."""
+MEMORIES = "64,640"
+SPARE_MIB = 32
+"""How much larger than a guest the memory is that is set aside for it."""
+RUNS = 3
+MOST = 6.0
+"""Times as long as one guest that saving and restoring eight may take; and growing with RAM is none of it."""
 EVENTS = "/state/events"
 COLUMNS = ("load", "look", "save", "end", "jump", "restore")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One jump. Seconds: of each part, and for each guest how long it stood still."""
+    """One jump. Seconds: of each part, and for each guest how long it stood still, by our clock and by its own (`seen`:
+    the time stamp counter). memory: MiB of each guest.
+    """
 
     count: int
     kernel: str
     parts: dict[str, float]
     pauses: tuple[float, ...]
+    memory: int = 64
+    seen: tuple[float, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -55,8 +65,12 @@ class Results:
 
     samples: list[Sample] = field(default_factory=list)
 
-    def of(self, count: int) -> list[Sample]:
-        return [sample for sample in self.samples if sample.count == count]
+    def rows(self) -> dict[tuple[int, int], list[Sample]]:
+        """By memory and number of guests, in the order of the first of each."""
+        found: dict[tuple[int, int], list[Sample]] = {}
+        for sample in self.samples:
+            found.setdefault((sample.memory, sample.count), []).append(sample)
+        return found
 
 
 def parts(events: Sequence[dict[str, Any]], at: float, restore: float) -> dict[str, float]:
@@ -76,22 +90,40 @@ def parts(events: Sequence[dict[str, Any]], at: float, restore: float) -> dict[s
 
 
 def table(results: Results) -> str:
-    """A row for each number of guests: medians of the parts, and the pauses of all its guests."""
+    """A row for each memory and number of guests: medians of the parts, and the pauses of all its guests."""
     heads = "".join(f"{name:>9}" for name in COLUMNS)
-    lines = [f"{'guests':>6}{'n':>3}{heads}{'pause, s: median':>19}{'min':>7}{'max':>7}"]
-    middles: dict[int, dict[str, float]] = {}
-    for count in dict.fromkeys(sample.count for sample in results.samples):
-        rows = results.of(count)
-        middles[count] = middle = {name: statistics.median(row.parts[name] for row in rows) for name in COLUMNS}
-        pauses = [pause for row in rows for pause in row.pauses]
-        spread = f"{statistics.median(pauses):19.2f}{min(pauses):7.2f}{max(pauses):7.2f}" if pauses else f"{'-':>19}"
-        lines.append(f"{count:6}{len(rows):3}" + "".join(f"{middle[name]:9.2f}" for name in COLUMNS) + spread)
+    lines = [f"{'MiB':>6}{'guests':>7}{'n':>3}{heads}{'save/guest':>12}{'pause, s: median':>18}{'max':>8}{'seen':>7}"]
+    middles: dict[tuple[int, int], dict[str, float]] = {}
+    for (memory, count), rows in results.rows().items():
+        middles[memory, count] = middle = {n: statistics.median(row.parts[n] for row in rows) for n in COLUMNS}
+        pauses = [seconds for row in rows for seconds in row.pauses]
+        seen = [seconds for row in rows for seconds in row.seen]
+        lines.append(
+            f"{memory:6}{count:7}{len(rows):3}"
+            + "".join(f"{middle[name]:9.2f}" for name in COLUMNS)
+            + f"{middle['save'] / count:12.2f}"
+            + (f"{statistics.median(pauses):18.2f}{max(pauses):8.2f}" if pauses else f"{'-':>26}")
+            + (f"{max(seen):7.2f}" if seen else f"{'-':>7}")
+        )
         lines += [f"       not sound: {words}" for row in rows for words in row.problems]
-    least, most = min(middles, default=0), max(middles, default=0)
-    if least != most:
-        times = ", ".join(f"{name} {middles[most][name] / middles[least][name]:.1f}" for name in ("save", "restore"))
-        lines.append(f"{most} guests take so many times as long as {least}: {times}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_ratios(middles)])
+
+
+def _ratios(middles: dict[tuple[int, int], dict[str, float]]) -> list[str]:
+    """How much longer more guests take than one, and one of more memory."""
+    if not middles:
+        return []
+    memory, least = min(middles)
+    one, lines = middles[memory, least], []
+    most = max(count for size, count in middles if size == memory)
+    largest = max(size for size, _ in middles)
+    if most != least:
+        times = ", ".join(f"{name} {middles[memory, most][name] / one[name]:.1f}" for name in ("save", "restore"))
+        lines.append(f"{most} guests take so many times as long as {least}: {times} (at most {MOST:g})")
+    if largest != memory and (largest, least) in middles:
+        times = ", ".join(f"{name} {middles[largest, least][name] / one[name]:.2f}" for name in ("save", "restore"))
+        lines.append(f"{largest} MiB take so many times as long as {memory}: {times}")
+    return lines
 
 
 def offset(host: Host) -> float:
@@ -119,49 +151,67 @@ def measure(host: Host, paths: Sequence[str], count: int, kernel: str, key: str,
     resumed = {name: stopped[name] + ahead + row["blackout_seconds"] - ahead_now for name, row in rows.items()}
     taken = max((row["total_seconds"] for row in rows.values()), default=0.0)
     problems = [] if said.code == 0 else [str(said)]
+    seen = []
     for guest in started:
-        problems += checked(guest, rows[guest.name]["pid_after"])
+        log = checked(guest, rows[guest.name]["pid_after"])
+        problems += log.problems()
+        seen.append(by_its_clock(log))
     return Sample(
         count=count,
         kernel=kernel,
         parts=parts(events, answered + ahead, taken),
         pauses=tuple(resumed[name] - stopped[name] for name in rows),
+        memory=memory,
+        seen=tuple(seen),
         problems=tuple(problems),
     )
 
 
-def checked(guest: Guest, pid: int) -> list[str]:
-    """What is wrong with it; it is ended."""
+def checked(guest: Guest, pid: int) -> CountingLog:
+    """What it has said, with all of its memory checked; it is ended."""
     guest.pid = pid
-    problems = guest.whole(300).problems()
+    log = guest.whole(300)
     guest.end()
-    return problems
+    return log
+
+
+def by_its_clock(log: CountingLog) -> float:
+    """The longest time between two lines by the guest's own clock, in seconds; between most of them it is 1 / HZ."""
+    usual = statistics.median(b.tsc - a.tsc for a, b in itertools.pairwise(log.ticks))
+    return log.largest_tsc_gap() / usual / HZ
+
+
+def run(results: Results, memory: int, counts: Sequence[int], runs: int, key: str) -> None:
+    """So many jumps with each number of guests, in one boot of a host VM."""
+    regions = [memory + SPARE_MIB] * max(counts)
+    with Host(jumps.persistent(regions, kernel=KERNELS[1])) as host:
+        paths = jumps.device_dax(host)
+        for number, count in enumerate(count for _ in range(runs) for count in counts):
+            sample = measure(host, paths, count, KERNELS[number % 2], key, memory)
+            results.samples.append(sample)
+            print(f"{count} guests: {sample}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.reboot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--guests", default=NUMBERS, metavar="LIST", help=f"how many at a time ({NUMBERS})")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="jumps for each number (%(default)s)")
-    parser.add_argument("--memory", type=int, default=GUEST_MIB, metavar="MIB", help="of each guest (%(default)s)")
+    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help="jumps for each number (%(default)s)")
+    sizes = f"of each guest; of those behind the first one guest of each ({MEMORIES})"
+    parser.add_argument("--memory", default=MEMORIES, metavar="LIST", help=f"MiB {sizes}")
     parser.add_argument("--qemu", default="11.1.a", metavar="KEY", help="of the lab (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
     options = parser.parse_args(arguments)
     counts = [int(word) for word in options.guests.split(",")]
-    results, before, number = Results(), machine(), 0
-    regions = [options.memory + SPARE_MIB] * max(counts)
-    with Host(jumps.persistent(regions, kernel=KERNELS[1])) as host:
-        paths = jumps.device_dax(host)
-        for _ in range(options.runs):
-            for count in counts:
-                sample = measure(host, paths, count, KERNELS[number % 2], options.qemu, options.memory)
-                results.samples.append(sample)
-                number += 1
-                print(f"{count} guests: {sample}", file=sys.stderr, flush=True)
+    first, *others = (int(word) for word in options.memory.split(","))
+    results, before = Results(), machine()
+    for memory, numbers in ((first, counts), *((other, [1]) for other in others)):
+        run(results, memory, numbers, options.runs, options.qemu)
     after = machine()
     print(f"date    {before.date} to {after.date}\nhost    {before.cpus} x {before.cpu}, the host VM under TCG")
     print(f"busy    load average {load_words(before.load)} before, {load_words(after.load)} after")
-    print(f"guest   the counting guest, {options.memory} MiB on device DAX, 1 vCPU, nested KVM, QEMU {options.qemu}\n")
+    print(f"guest   the counting guest on device DAX, 1 vCPU, nested KVM, QEMU {options.qemu}")
+    print("seen    the longest pause by a guest's own clock\n")
     print(table(results))
     if options.json:
         with open(options.json, "w") as file:

@@ -32,15 +32,25 @@ def test_parts_are_from_the_first_of_each_to_the_first_of_the_next() -> None:
         parts(EVENTS[:-1], at, 1.0)
 
 
-def test_rows() -> None:
-    def sample(count: int, pause: float, problems: tuple[str, ...] = ()) -> Sample:
-        each = dict.fromkeys(COLUMNS, float(count))
-        return Sample(count=count, kernel="7.2", parts=each, pauses=(pause,) * count, problems=problems)
+def sample(count: int, pause: float, *problems: str, memory: int = 64, seconds: float = 0.0) -> Sample:
+    each = dict.fromkeys(COLUMNS, seconds or float(count))
+    return Sample(
+        count=count, kernel="7.2", parts=each, pauses=(pause,) * count, memory=memory, seen=(0.05,), problems=problems
+    )
 
-    text = table(Results(samples=[sample(1, 14.0), sample(4, 16.0), sample(1, 15.0, ("page 0x1000",))]))
-    header, one, wrong, four, times = text.splitlines()
+
+def test_rows() -> None:
+    found = [sample(1, 14.0), sample(4, 16.0), sample(1, 15.0, "page 0x1000"), sample(1, 14.0, memory=640, seconds=1.1)]
+    header, one, wrong, four, large, times, growth = table(Results(samples=found)).splitlines()
     assert all(name in header for name in COLUMNS)
-    assert one.split() == ["1", "2", *["1.00"] * 6, "14.50", "14.00", "15.00"]
+    assert one.split() == ["64", "1", "2", *["1.00"] * 7, "14.50", "15.00", "0.05"]
     assert "page 0x1000" in wrong
-    assert four.split()[:2] == ["4", "1"]
-    assert times == "4 guests take so many times as long as 1: save 4.0, restore 4.0"
+    assert four.split()[:3] == ["64", "4", "1"]
+    assert four.split()[-4] == "1.00", "a guest's part of the save"
+    assert large.split()[:3] == ["640", "1", "1"]
+    assert times == "4 guests take so many times as long as 1: save 4.0, restore 4.0 (at most 6)"
+    assert growth == "640 MiB take so many times as long as 64: save 1.10, restore 1.10"
+
+
+def test_nothing_measured() -> None:
+    assert len(table(Results()).splitlines()) == 1
