@@ -294,7 +294,10 @@ class Held:
 
 
 VFIO = Held(
-    ("vfio-",), "a passed-through device is bound to the QEMU that opened it, and its DMA to that QEMU's map of memory"
+    ("vfio-",),
+    "a passed-through device is bound to the QEMU that opened it, and its DMA to that QEMU's map of memory",
+    "where its agent can suspend the guest, cpr save GUEST FILE --mode restart and cpr load FILE: it sleeps meanwhile; "
+    "or unplug it for the update (device_del)",
 )
 VSOCK = Held(
     ("vhost-vsock-",),
