@@ -1,6 +1,8 @@
-"""The tracer is killed while the exec is under way: it is not known at once which program the process is.
+"""What goes wrong in the very exec.
 
-The new QEMU is a file with a lease on it: the guest's process waits in its execve until that is given up.
+The tracer is killed while it is under way, so it is not known at once which program the process is: the new QEMU is a
+file with a lease on it, and the guest's process waits in its execve until that is given up. Or the file is, by then, a
+program that does not greet.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from cpr.errors import Exit
 from cpr.linux.status import read_status
 from cpr.model import Status
 from tests.kernel.support import in_call, leased
+from tests.qemu.conftest import build
 from tests.qemu.faults.fault import Fault, Stage
 from tests.qemu.faults.subject import Victim, killed
 from tests.qemu.surveying import until
@@ -101,4 +104,27 @@ def test_everybody_is_killed(own: Victim, cpr: Command, stage: Stage, seconds: f
         result = cpr("recover", "--json")
     assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
     own.in_the_new(before)
+    own.can_be_updated()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        pytest.param("exit 3", "ended at its start", id="ends"),
+        pytest.param("exec sleep 1000", "not", id="hangs", marks=pytest.mark.full),
+    ],
+)
+def test_the_new_program_does_not_greet(own: Victim, stage: Stage, program: str, said: str) -> None:
+    """The guest is brought back from what is held."""
+    before = own.before()
+    handle = own.handle(stage, BEFORE)
+    moment = stage.wait()
+    own.new.binary.write_text(f"#!/bin/sh\n{program}\n")
+    moment.go()
+    outcome = handle.outcome()
+    own.follow(outcome.pid_after)
+    assert (outcome.status, outcome.exit_code) == (Status.ROLLED_BACK, Exit.ROLLED_BACK), outcome
+    assert said in outcome.error, outcome
+    own.in_the_old_again(before)
+    own.new = build("11.1.a")
     own.can_be_updated()
