@@ -80,6 +80,8 @@ def test_blackout_without_connections(bars: Bars) -> None:
 
 def test_blackout_with_a_console_client(bars: Bars) -> None:
     median = bars.median(bars.console)
+    kept = [sample.kept for sample in bars.results.of(bars.console)]
+    assert all(one is not None and one.connection and one.ram for one in kept), kept
     assert median <= WITH_CONNECTIONS_SECONDS, f"median {median * 1000:.1f} ms"
 
 
@@ -97,5 +99,7 @@ def test_handover_is_about_as_quick_as_cpr_transfer(bars: Bars) -> None:
 
 def test_reexec_is_about_as_quick_as_cpr_exec(bars: Bars) -> None:
     """Which keeps no connection."""
+    kept = [sample.kept for sample in bars.results.of(bars.reexec)]
+    assert all(one is not None and one.pid and one.connection and one.ram for one in kept), kept
     ours, native = bars.median(bars.reexec), bars.median(bars.exec)
     assert ours / native <= REEXEC_TO_EXEC, f"re-exec {ours * 1000:.1f} ms, cpr-exec {native * 1000:.1f} ms"
