@@ -17,26 +17,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import select
-import struct
 import threading
 from typing import TYPE_CHECKING, Self
 
-from cpr.linux import procfile, syscalls
+from cpr.linux import procfile, syscalls, userfault
 from cpr.linux.fds import Fd
 from cpr.linux.maps import read_maps
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-UFFD_API = 0xAA
-UFFDIO_API = 0xC018AA3F
-UFFDIO_REGISTER = 0xC020AA00
-UFFDIO_REGISTER_MODE_MISSING = 1
-UFFD_MESSAGE_BYTES = 32
 
 BEGIN_SECONDS = 1.0
 
@@ -59,11 +51,10 @@ class AddressSpace:
         """
         with contextlib.ExitStack() as undo:
             fault = undo.enter_context(Fd(syscalls.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)))
-            fcntl.ioctl(fault.number, UFFDIO_API, struct.pack("=QQQ", UFFD_API, 0, 0))
+            userfault.enable(fault.number)
             page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             start = ctypes.addressof(ctypes.c_char.from_buffer(page))
-            range_ = struct.pack("=QQQQ", start, mmap.PAGESIZE, UFFDIO_REGISTER_MODE_MISSING, 0)
-            fcntl.ioctl(fault.number, UFFDIO_REGISTER, range_)
+            userfault.watch(fault.number, start, mmap.PAGESIZE)
             with procfile.vanishing(pid):
                 memory = undo.enter_context(Fd(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)))
             readable = next((m.start for m in read_maps(pid) if m.perms.startswith("r") and m.inode), 0)
@@ -71,7 +62,7 @@ class AddressSpace:
             reader.start()
             if not select.select([fault.number], [], [], BEGIN_SECONDS)[0]:
                 raise TimeoutError(errno.ETIMEDOUT, f"the memory of pid {pid} cannot be read")
-            os.read(fault.number, UFFD_MESSAGE_BYTES)  # it is in the middle of it
+            userfault.faults(fault.number)  # it is in the middle of it
             undo.pop_all()
             memory.close()
         return cls(fault, page, reader)

@@ -17,37 +17,25 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-import errno
-import fcntl
 import mmap
 import os
 import select
-import struct
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from cpr.linux import userfault
 from cpr.linux.fds import Fd, take_fd
 from cpr.linux.maps import read_maps
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Tracer
+from cpr.linux.userfault import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
     from cpr.linux.process import Process
-
-UFFD_API = 0xAA
-UFFDIO_API = 0xC018AA3F
-UFFDIO_REGISTER = 0xC020AA00
-UFFDIO_WAKE = 0x8010AA02
-UFFDIO_COPY = 0xC028AA03
-REGISTER_MODE_MISSING = 1
-EVENT_PAGEFAULT = 0x12
-MESSAGE_BYTES = 32
-PAGE = mmap.PAGESIZE
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -145,35 +133,11 @@ class LazyCopies:
         page = ctypes.create_string_buffer(PAGE)
         with contextlib.suppress(ProcessLookupError):  # it has ended
             while self._ended not in select.select([self._fault.number, self._ended], [], [])[0]:
-                for address in self._faults():
-                    self._copy(address, page)
-
-    def _faults(self) -> list[int]:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(self._fault.number, 64 * MESSAGE_BYTES)
-            messages = [data[i : i + MESSAGE_BYTES] for i in range(0, len(data), MESSAGE_BYTES)]
-            return [
-                struct.unpack_from("=Q", message, 16)[0] & -PAGE
-                for message in messages
-                if message[0] == EVENT_PAGEFAULT
-            ]
-        return []
-
-    def _copy(self, address: int, page: ctypes.Array[ctypes.c_char]) -> None:
-        with self._lock:
-            page.raw = self._content(address)
-            request = struct.pack("=QQQQq", address, ctypes.addressof(page), PAGE, 0, 0)
-            while True:
-                try:
-                    fcntl.ioctl(self._fault.number, UFFDIO_COPY, request)
-                except OSError as error:
-                    if error.errno == errno.EAGAIN:  # its mappings are just changing
-                        continue
-                    if error.errno != errno.EEXIST:
-                        raise
-                    fcntl.ioctl(self._fault.number, UFFDIO_WAKE, struct.pack("=QQ", address, PAGE))
-                self._made.add(address)
-                return
+                for address in userfault.faults(self._fault.number):
+                    with self._lock:
+                        page.raw = self._content(address)
+                        userfault.provide(self._fault.number, address, page)
+                        self._made.add(address)
 
 
 def _ranges(pid: int, source: Source, undo: contextlib.ExitStack) -> list[_Range]:
@@ -194,10 +158,9 @@ def _watched(process: Process, ranges: Sequence[_Range], sources: Sequence[Sourc
         ((number,),) = tracer.run(Batch((Call("userfaultfd", (os.O_CLOEXEC | os.O_NONBLOCK,)),)))
         fault = take_fd(process.pidfd, number)
         try:
-            fcntl.ioctl(fault.number, UFFDIO_API, struct.pack("=QQQ", UFFD_API, 0, 0))
+            userfault.enable(fault.number)
             for r in ranges:
-                request = struct.pack("=QQQQ", r.start, r.end - r.start, REGISTER_MODE_MISSING, 0)
-                fcntl.ioctl(fault.number, UFFDIO_REGISTER, request)
+                userfault.watch(fault.number, r.start, r.end - r.start)
             for source in sources:
                 size = os.fstat(source.seen.number).st_size
                 os.truncate(source.seen.number, 0)  # takes the pages that were written to, too
