@@ -17,7 +17,7 @@ from tests.lab import qemu
 
 if TYPE_CHECKING:
     from tests.host.conftest import Hosts
-    from tests.host.guests import Guest
+    from tests.host.guests import Guest, LinuxGuest
 
 
 
@@ -70,23 +70,24 @@ def test_smoke(hosts: Hosts) -> None:
 
 ROUTES = [
     (MEMMAP, "6.1", "6.12", "10.0", "10.0"),
-    (NVDIMM, "6.12", "7.2", "7.2", "11.1.a"),
-    (FSDAX, "6.12", "7.2", "10.0", "10.0"),
+    (MEMMAP, "6.12", "7.2", "7.2", "11.1.a"),
     (MEMMAP, "7.2", "6.12", "11.1.a", "11.1.b"),
+    (NVDIMM, "6.1", "6.12", "10.0", "10.0"),
+    (NVDIMM, "6.12", "7.2", "7.2", "11.1.a"),
+    (FSDAX, "6.1", "6.12", "7.2", "11.1.a"),
+    (FSDAX, "6.12", "7.2", "10.0", "10.0"),
 ]
 
 
-def two(host: Host, kind: str, key: str) -> tuple[Guest, Guest]:
-    """A guest that runs and one that is paused."""
+def two(host: Host, kind: str, key: str) -> tuple[LinuxGuest, Guest]:
+    """A Linux guest that writes its disk, and a guest that counts and is paused."""
     if kind == FSDAX:
         directory = jumps.file_system_dax(host)
         paths = [f"{directory}/first", f"{directory}/second"]
     else:
         paths = jumps.device_dax(host)
-    first, second = (
-        guests.start(host, key, name=name, memory="96M", lies=Lies(LASTING, path))
-        for name, path in zip(("first", "second"), paths, strict=True)
-    )
+    first = guests.start_linux(host, key, name="first", lies=Lies(LASTING, paths[0]))
+    second = guests.start(host, key, name="second", memory="96M", lies=Lies(LASTING, paths[1]))
     second.qmp("stop")
     return first, second
 
@@ -95,7 +96,7 @@ def two(host: Host, kind: str, key: str) -> tuple[Guest, Guest]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("kind", "kernel", "next_", "old", "new"), ROUTES, ids=str)
 def test_two_guests_one_paused(hosts: Hosts, kind: str, kernel: str, next_: str, old: str, new: str) -> None:
-    regions = (320,) if kind == FSDAX else (160, 160)
+    regions = (448,) if kind == FSDAX else (256, 160)
     host = hosts.get(jumps.persistent(regions, kind, kernel=kernel), fresh=True)
     first, second = two(host, kind, old)
     stood = second.log().number
@@ -120,10 +121,14 @@ def test_two_guests_one_paused(hosts: Hosts, kind: str, kernel: str, next_: str,
     assert second.runstate() == "paused"
     assert second.log().number == stood
     second.qmp("cont")
+    said = host.sh(f"cat {LEFT}.out")
+    assert "not rehearsed" not in said, said
+    assert (old == new) or said.count("the rehearsal with the guest's state paused it") == 1, said  # the other stood
     for guest in (first, second):
         guest.pid = rows[guest.name]["pid_after"]
         log = guest.whole()
         assert log.sound, log.problems()
+    assert len(first.log().boot_ids) == 1
 
 
 @pytest.mark.hostfull
