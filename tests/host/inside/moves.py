@@ -114,14 +114,15 @@ class Subject:
         note(f"{answer['status']} after {seconds:.1f} s")
         problems = self._after(began)
         note("watched")
+        silence = log.largest_gap(began)
         return {
             "status": answer["status"],
             "same process": answer["pid_before"] == answer["pid_after"],
             "code": done.returncode,
             "blackout": answer.get("blackout_seconds"),
             "seconds": seconds,
-            "silence": log.largest_gap(began),
-            "clock": drift(log, before, self.ended, answer.get("blackout_seconds")),
+            "silence": silence,
+            "clock": drift(log, before, self.ended, silence),
             "problems": problems,
             "stream": None if self.stream is None else self.stream.received,
             "error": answer.get("error"),
@@ -188,18 +189,18 @@ def offset(log: CountingLog | LinuxLog, since: float) -> float | None:
         return min((tick.arrived - tick.uptime for tick in log.ticks if tick.arrived >= since), default=None)
 
 
-def drift(log: CountingLog | LinuxLog, before: float | None, since: float, blackout: float | None) -> float | None:
+def drift(log: CountingLog | LinuxLog, before: float | None, since: float, silence: float) -> float | None:
     """By how much the guest's clock fell behind ours, in seconds.
 
-    Lines are late where processors are scarce, and never early: until one shows no more than the blackout, the next
-    ones are awaited. A clock that fell behind stays so.
+    Lines are late where processors are scarce, and never early: until one shows no more than the silence, the next ones
+    are awaited. A clock that fell behind stays so.
     """
     until = time.monotonic() + CLOCK_SECONDS
     while True:
         after = offset(log, since)
         if before is None or after is None:
             return None
-        if after - before <= (blackout or 0.0) or time.monotonic() > until:
+        if after - before <= silence or time.monotonic() > until:
             return after - before
         time.sleep(0.1)
 
