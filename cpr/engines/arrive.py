@@ -20,10 +20,11 @@ from cpr.qemu import clients
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Inherited
+    from cpr.linux.process import Process
     from cpr.run import Run
 
 
@@ -64,10 +65,9 @@ class KeepClients(Step):
         if not kept.clients and not kept.ptys:
             return
         assert run.new is not None
-        calls = (*self._places(run, kept), *self._ptys(run, kept))
+        moves = (*self._places(run, kept), *self._ptys(run, kept))
         try:
-            kept.attach(run.new)
-            kept.tracer.run(Batch(calls), Detach())
+            _move(run.new, kept, moves)
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         run.successor.execute("query-status")  # it goes on, or there is still a way back
@@ -75,27 +75,46 @@ class KeepClients(Step):
         for label in kept.clients:
             (silent if label in silent else kept.standing_in).pop(label).close()
 
-    def _places(self, run: Run, kept: InPlace) -> Iterator[Call]:
+    def _places(self, run: Run, kept: InPlace) -> Iterator[tuple[int, int]]:
+        """(number of a client, where it has its place)."""
         wanted = tuple(c for c in waiting_chardevs(self.guest) if c.label in kept.clients)
         listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
         besides = set(kept.clients.values())
         for chardev in clients.connected_now(self.guest.process.pid, wanted, listeners, besides=besides):
             if chardev.client is None:
                 raise StepFailed(self.describe(), f"{chardev.label}: the new QEMU has not accepted our client")
-            number = kept.clients[chardev.label]
-            yield from ptys.put(number, chardev.client)
+            yield kept.clients[chardev.label], chardev.client
         for entry in self.silent:
             if (kept_as := kept.clients.get(entry.name.removeprefix(SILENT))) is not None:
                 assert entry.target is not None
-                yield from ptys.put(kept_as, entry.target)
+                yield kept_as, entry.target
 
-    def _ptys(self, run: Run, kept: InPlace) -> Iterator[Call]:
+    def _ptys(self, run: Run, kept: InPlace) -> Iterator[tuple[int, int]]:
         """The masters in the places of those that the new QEMU has made."""
         if kept.ptys:
             assert run.new is not None
             made = ptys.places(run.new, run.successor, kept.ptys)
             for label, number in kept.ptys.items():
-                yield from ptys.put(number, made[label])
+                yield number, made[label]
+
+
+def _move(process: Process, kept: InPlace, moves: Sequence[tuple[int, int]]) -> None:
+    """Put descriptors into their places. A tracer that is killed may have moved some: another one moves the rest.
+
+    Raises:
+        ConnectionError: that was killed, too. What a tracer raises.
+    """
+    for last in (False, True):
+        kept.attach(process)
+        there = set(fdmap.verify(process.pid, kept.map).good.values())
+        calls = [call for number, place in moves if number in there for call in ptys.put(number, place)]
+        try:
+            kept.tracer.run(Batch(tuple(calls)), Detach())
+        except ConnectionError:
+            if last:
+                raise
+        else:
+            return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

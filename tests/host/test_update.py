@@ -78,12 +78,12 @@ def test_ten_times(host: Host, hosts: Hosts, old: str, new: str, back: bool, gue
 
 
 @pytest.mark.hostfull
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("old", "new"), [("11.1.a", "11.1.b"), ("7.2", "11.1.a")], ids=str)
 def test_twenty_times_in_place(host: Host, hosts: Hosts, old: str, new: str) -> None:
     """Two vCPUs, whose threads are in KVM_RUN when they are stopped."""
     words = ["--guest", "linux", "--cpus", 2, "--rounds", 20, "--back", "--engine", "reexec"]
-    document = host.inside("moves", old, new, *words, seconds=2300)
+    document = host.inside("moves", old, new, *words, seconds=3500)
     hosts.lines.append(line("nested KVM, linux guest, 2 vCPUs, 256M, re-exec", document))
     hosts.silences += document["silences"]
     assert len(document["rounds"]) == 20
