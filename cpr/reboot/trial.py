@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from cpr.engines.dress import RehearseState
-from cpr.errors import Blocked, CprError, NewQemuDied, StepFailed
+from cpr.errors import Blocked, CprError, DeadlinePassed, NewQemuDied, StepFailed
 from cpr.model import Plan
 from cpr.reboot import ramcopy
 from cpr.run import Bounds, Run
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cpr.model import Guest, Target
     from cpr.reboot.saving import Saver
 
-TRIAL_SECONDS = 60.0
+TRIAL_SECONDS = 120.0
 MAX_PAUSE_SECONDS = 10.0
 
 
@@ -67,6 +67,8 @@ def try_state(saver: Saver, target: Target) -> tuple[str, ...]:
         step.do(run)
     except NewQemuDied as error:
         raise StateNotAccepted(guest, target, error.words or error.reason) from None
+    except DeadlinePassed as error:
+        raise StepFailed(step.describe(), error.reason, hint="try again when the host is less busy") from None
     except ProcessLookupError:
         raise StepFailed(step.describe(), "its process has ended") from None
     finally:

@@ -107,6 +107,8 @@ def test_power_fails_instead_of_the_jump(hosts: Hosts) -> None:
     host.sh(f"(cpr {words} & cpr=$!; {held}; touch /run/held) > /dev/null 2>&1 < /dev/null &")
     host.sh("until test -e /run/held; do sleep 0.2; done", 240)
     assert host.sh("uname -r").strip() == kernels.obtain("6.12").release
+    fsync = f"import os; os.fsync(os.open('{guest.console}', os.O_RDWR))"  # what it said, and nothing of cpr's
+    host.sh(f'python3 -S -c "{fsync}"')
     host.power_cycle("7.2")
     restored = jumps.restore(host)
     assert restored.code == 0, restored
