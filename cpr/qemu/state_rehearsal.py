@@ -130,7 +130,7 @@ def _over_guest(
         blocks = {block.id: _ram(old, block) for block in guest.ram} if state else {}
         lazy = {b.id: _copied(b, held.enter_context(blocks.pop(b.id))) for b in guest.ram if _is_copied(b, state)}
         blocks |= {name: source.seen for name, source in lazy.items()}
-        inodes = {os.fstat(fd.number).st_ino for fd in blocks.values()}
+        inodes = {name: os.fstat(fd.number).st_ino for name, fd in blocks.items()}
         ram = {name: give(fd) for name, fd in blocks.items()}
         taps = {name: [give(fd) for fd in queues] for name, queues in _taps(guest, old)} if state else {}
         if isinstance(program, Fd):
@@ -190,13 +190,13 @@ def _taps(guest: Guest, old: Process) -> Iterator[tuple[str, list[Fd]]]:
         yield netdev.id, tun.throw_away_queues(flags, len(netdev.fds))
 
 
-def _see_private(pid: int, inodes: set[int]) -> None:
-    """All of the guest's RAM is mapped copy-on-write, and not shared.
+def _see_private(pid: int, inodes: dict[str, int]) -> None:
+    """All of the guest's RAM is mapped copy-on-write, and not shared. inodes: by block.
 
     Raises:
         NotStarted: it is not, and must not be given any state.
     """
     mapped = {(m.inode, m.perms[3]) for m in proc.read_maps(pid)}
-    for inode in inodes:
+    for name, inode in inodes.items():
         if (inode, "s") in mapped or (inode, "p") not in mapped:
-            raise NotStarted("it does not map the guest's RAM copy-on-write")
+            raise NotStarted(f"it does not map the guest's RAM {name} copy-on-write")
