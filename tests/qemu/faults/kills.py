@@ -299,6 +299,7 @@ class Campaign:
             hits = [family.kill(name) for name in KILLED.get(kind, (kind,))]
             if kind == "all":
                 self._end_all_of_ours()
+                until(self.victim.lock_is_free, 10)  # one that was writing to a busy disk takes its time to die
             return any(hits), after
         tracer = family.await_tracer()
         if tracer is None:
