@@ -21,14 +21,11 @@ import mmap
 import os
 import select
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from cpr.linux import procfile, syscalls, userfault
 from cpr.linux.fds import Fd
 from cpr.linux.maps import read_maps
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 BEGIN_SECONDS = 1.0
 
@@ -79,9 +76,7 @@ class AddressSpace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

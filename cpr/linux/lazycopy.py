@@ -33,7 +33,6 @@ from cpr.linux.userfault import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from cpr.linux.process import Process
 
@@ -118,9 +117,7 @@ class LazyCopies:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _content(self, address: int) -> bytes:

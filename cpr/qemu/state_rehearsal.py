@@ -26,7 +26,7 @@ from cpr.qemu.options import translate
 from cpr.qemu.rehearsal import MONITOR_NUMBER, NotStarted, Started, base_command, disk_sizes, started
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from cpr.linux.process import Process
     from cpr.model import Guest, RamBlock, Target
@@ -127,11 +127,16 @@ def _over_guest(
             descriptors[number] = held.enter_context(fd)
             return number
 
-        blocks = {block.id: _ram(old, block) for block in guest.ram} if state else {}
-        lazy = {b.id: _copied(b, held.enter_context(blocks.pop(b.id))) for b in guest.ram if _is_copied(b, state)}
-        blocks |= {name: source.seen for name, source in lazy.items()}
-        inodes = {name: os.fstat(fd.number).st_ino for name, fd in blocks.items()}
-        ram = {name: give(fd) for name, fd in blocks.items()}
+        ram: dict[str, int] = {}
+        inodes: dict[str, int] = {}
+        copied: list[Source] = []
+        for block in guest.ram if state else ():
+            memory = _ram(old, block)
+            if block.backing is Backing.DEVDAX:  # cannot be mapped copy-on-write (drivers/dax/device.c, check_vma)
+                copied.append(Source(held.enter_context(memory), empty_memory_file(block.offset + block.size)))
+                memory = copied[-1].seen
+            inodes[block.id] = os.fstat(memory.number).st_ino
+            ram[block.id] = give(memory)
         taps = {name: [give(fd) for fd in queues] for name, queues in _taps(guest, old)} if state else {}
         if isinstance(program, Fd):
             status = os.fstat(program.number)
@@ -150,21 +155,12 @@ def _over_guest(
         )
         if state:
             _see_private(it.process.pid, inodes)
-        if lazy:
-            it = replace(it, copies=held.enter_context(_begun(it.process, tuple(lazy.values()))))
+        if copied:
+            it = replace(it, copies=held.enter_context(_begun(it.process, copied)))
         yield it
 
 
-def _is_copied(block: RamBlock, state: bool) -> bool:
-    """A character device of DAX cannot be mapped copy-on-write (drivers/dax/device.c, check_vma)."""
-    return state and block.backing is Backing.DEVDAX
-
-
-def _copied(block: RamBlock, file: Fd) -> Source:
-    return Source(file, empty_memory_file(block.offset + block.size))
-
-
-def _begun(process: Process, sources: tuple[Source, ...]) -> LazyCopies:
+def _begun(process: Process, sources: Sequence[Source]) -> LazyCopies:
     try:
         return LazyCopies.begin(process, sources)
     except (OSError, CprError, ValueError) as error:

@@ -10,8 +10,8 @@ import pytest
 from cpr import discover, survey
 from cpr.engines import ENGINES, Request
 from tests.qemu.conftest import BOTH_ENGINES, qemus_of
+from tests.qemu.dressing import ask
 from tests.qemu.faults.fault import Fault, Stage
-from tests.qemu.faults.subject import ask
 from tests.qemu.parties import Qmp, counted, descriptors
 from tests.qemu.surveying import until
 from tests.qemu.test_connections import address_of, typing

@@ -6,7 +6,6 @@ process; after the commit it is in the new one, in its own.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -181,15 +180,8 @@ def test_no_helper_of_the_old_program_is_left(lab: Lab, cpr: Command, stage: Sta
         assert victim.play().status == Status.UPDATED
     until(lambda: old not in helpers(lab))
     assert len(helpers(lab)) == 1, "the new program has one of its own"
-    children = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == victim.pid]
-    assert children == helpers(lab), "what has ended is reaped"
+    assert list(proc.children(victim.pid)) == helpers(lab), "what has ended is reaped"
     victim.counts()
-
-
-def parent(pid: int) -> int:
-    with contextlib.suppress(ProcessLookupError):
-        return proc.parent_of(pid)
-    return 0
 
 
 PTY = ("-chardev", "pty,id=p0", "-serial", "chardev:p0")

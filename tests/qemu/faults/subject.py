@@ -46,8 +46,8 @@ QUICK = Bounds(timeout=30.0, max_downtime=1.5)
 
 
 @functools.cache
-def ask(key: str) -> Target:
-    return features.ask(str(build(key).binary))
+def ask(binary: str) -> Target:
+    return features.ask(binary)
 
 
 def every_step(engine: str = "handover") -> tuple[Step, ...]:
@@ -111,7 +111,7 @@ class Victim:
 
     @property
     def target(self) -> Target:
-        return features.ask(str(self.new.binary))
+        return ask(str(self.new.binary))
 
     # moving it
 
