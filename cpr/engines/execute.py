@@ -18,8 +18,8 @@ from cpr.engines.doors import drop
 from cpr.engines.inplace import STATE, InPlace, hold_clients, in_place
 from cpr.engines.prepare import greet
 from cpr.engines.successor import MARK, callers, doors, run_mark, waiting_chardevs
-from cpr.engines.switch import CLIENT
-from cpr.engines.wayback import MASTER, bring_back
+from cpr.engines.switch import CLIENT, MASTER, hold
+from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc, status, stub
 from cpr.linux.process import Process, open_process
@@ -116,10 +116,7 @@ class ExecNew(Step):
         kept.clients = hold_clients(run, self.guest)
         assert run.old is not None
         kept.ptys = ptys.of_chardevs(ptys.named(self.guest.chardevs), ptys.masters(run.old))
-        for name in [n for n in run.descriptors if n.startswith(MASTER)]:
-            run.descriptors.pop(name).close()
-        for label, number in kept.ptys.items():
-            run.descriptors[MASTER + label] = fds.take_fd(run.old.pidfd, number)
+        hold(run, MASTER, kept.ptys)
 
     def _stand_in(self, run: Run, kept: InPlace) -> None:
         """Queue a client of ours at each chardev: the new QEMU starts with that one, and accepts no other."""

@@ -18,7 +18,7 @@ from cpr.engines import dress, fdmap, leftover, stream
 from cpr.engines.crossing import narrow
 from cpr.engines.prepare import note_settings, same_runstate, shared_files, words_of
 from cpr.engines.successor import waiting_chardevs
-from cpr.engines.switch import CLIENT, make_room, reconnect, still_calling, take_room_back
+from cpr.engines.switch import CLIENT, hold, make_room, reconnect, still_calling, take_room_back
 from cpr.errors import CommandFailed, StepFailed
 from cpr.linux import fds, likeness, terminal
 from cpr.linux.address_space import AddressSpace
@@ -232,19 +232,16 @@ class PrepareSave(Step):
 def hold_clients(run: Run, guest: Guest) -> dict[str, int]:
     """Duplicate the clients that are connected now, in place of those that were held: {chardev: its number there}."""
     assert run.old is not None
-    for name in [n for n in run.descriptors if n.startswith(CLIENT)]:
-        run.descriptors.pop(name).close()
     wanted = waiting_chardevs(guest)
     listeners = {c.label: run.descriptors[f"listener:{c.label}"] for c in wanted}
     found = {}
     for chardev in clients.connected_now(run.old.pid, wanted, listeners):
         if chardev.client is not None:
-            run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
             found[chardev.label] = chardev.client
     for chardev in still_calling(run, guest):
         assert chardev.client is not None
-        run.descriptors[CLIENT + chardev.label] = fds.take_fd(run.old.pidfd, chardev.client)
         found[chardev.label] = chardev.client
+    hold(run, CLIENT, found)
     return found
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cpr.run import Run
 
 
-CLIENT = "client:"
-"""How the names of held clients begin in `Run.descriptors`."""
+CLIENT, MASTER = "client:", "master:"
+"""How the names of held clients, and of held masters of ptys, begin in `Run.descriptors`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,21 @@ def take_room_back(run: Run) -> None:
 
 def clients_held(run: Run) -> list[tuple[str, fds.Fd]]:
     """Label and descriptor of the clients that were sent ahead."""
-    return [(n.removeprefix(CLIENT), fd) for n, fd in run.descriptors.items() if n.startswith(CLIENT)]
+    return held(run, CLIENT)
+
+
+def held(run: Run, kind: str) -> list[tuple[str, fds.Fd]]:
+    """Label and descriptor of what is held of a kind (CLIENT, MASTER)."""
+    return [(name.removeprefix(kind), fd) for name, fd in run.descriptors.items() if name.startswith(kind)]
+
+
+def hold(run: Run, kind: str, numbers: Mapping[str, int]) -> None:
+    """Duplicate descriptors of the old QEMU, by label, in place of those of the kind that were held. OSError."""
+    assert run.old is not None
+    for label, _ in held(run, kind):
+        run.descriptors.pop(kind + label).close()
+    for label, number in numbers.items():
+        run.descriptors[kind + label] = fds.take_fd(run.old.pidfd, number)
 
 
 def reconnect(run: Run, monitor: qmp.Monitor, held: Mapping[str, fds.Fd]) -> None:

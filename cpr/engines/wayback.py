@@ -20,7 +20,7 @@ from cpr.engines.prepare import greet, same_ram, words_of
 from cpr.engines.relay import Relay
 from cpr.engines.settings import Settings, hand_back, put_back
 from cpr.engines.successor import MARK, run_mark
-from cpr.engines.switch import PassVncListeners, clients_held, reconnect
+from cpr.engines.switch import MASTER, PassVncListeners, clients_held, held, reconnect
 from cpr.errors import CprError, StepFailed
 from cpr.linux import likeness
 from cpr.linux.process import Process
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 STEP = "start the old QEMU again"
 ATTEMPTS = 3
-MASTER = "master:"
-"""Of a chardev's pty: in the names of `Run.descriptors`."""
 STATE_NUMBER, PROGRAM_NUMBER, CLIENT_NUMBERS = 8, 9, range(10, 20)
 """Below all that a successor is given: the state, for `cpr recover`; the old program where another file stands at its
 path now; clients whose monitors were borrowed."""
@@ -153,7 +151,7 @@ def _given(run: Run, back: Successor, kept: InPlace) -> tuple[dict[int, int], Pl
     placed = Placed(
         state=(STATE_NUMBER, os.fstat(kept.state.number).st_ino),
         clients={label: place(fd) for label, fd in clients_held(run)},
-        ptys={n.removeprefix(MASTER): place(fd) for n, fd in run.descriptors.items() if n.startswith(MASTER)},
+        ptys={label: place(fd) for label, fd in held(run, MASTER)},
         vnc=[[place(run.descriptors[name]) for name in names] for _, names in back.vnc],
     )
     return given, placed
