@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-CALL_SECONDS = 10.0
+CALL_SECONDS = 15.0
 SYNC_AGAIN_SECONDS = 0.5
-"""An agent that is just starting loses what it was sent: the question is put again."""
+"""An agent that is just starting loses what it was sent: the question is put again; after twice the time each time, as
+one that needs longer than this would never answer the latest."""
 MAX_ANSWER = 4 << 20
 """Bytes of one answer; those asked for here are below 10 KiB."""
 DELIMITER = b"\xff"
@@ -134,12 +135,14 @@ class Agent:
 
     def _sync(self, deadline: float) -> None:
         """Come to where the next line is the answer to our next question."""
+        patience = SYNC_AGAIN_SECONDS
         while True:
             wanted = secrets.randbits(62) + 2
             # 0xff makes the agent's parser give up what a client before us left half said
             self._send({"execute": "guest-sync-delimited", "arguments": {"id": wanted}}, deadline, DELIMITER)
-            if self._synced(wanted, min(deadline, time.monotonic() + SYNC_AGAIN_SECONDS), deadline):
+            if self._synced(wanted, min(deadline, time.monotonic() + patience), deadline):
                 return
+            patience *= 2
 
     def _synced(self, wanted: int, until: float, deadline: float) -> bool:
         """Whether the answer to `wanted` came until then. Raises AgentTimeout when `deadline` has passed."""

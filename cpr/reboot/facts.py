@@ -19,7 +19,7 @@ from cpr.linux import dax, kexec, proc, tun
 from cpr.linux.process import RunFailed, run
 from cpr.model import Backing, GuestAgent, NextKernel
 from cpr.qemu import qmp, sockets
-from cpr.qemu.agent import Agent
+from cpr.qemu.agent import CALL_SECONDS, Agent
 from cpr.qemu.answers import Answers, flag
 from cpr.qemu.chardevs import parse_filename
 from cpr.qemu.cmdline import CommandLineError, devices
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from cpr.model import Chardev, Guest, RamBlock, Storage
 
 AGENT_PORT = "org.qemu.guest_agent.0"
-AGENT_SECONDS = 3.0
+AGENT_SECONDS = CALL_SECONDS
+"""Nothing stands still meanwhile, and a guest that shares its processors with many others may take seconds."""
 SYSTEMD_SECONDS = 3.0
 RESTORE_UNIT = "cpr-restore.service"
 POWER_MANAGEMENT = ("ICH9-LPC", "PIIX4_PM")
@@ -51,7 +52,7 @@ def with_reboot_facts(guest: Guest) -> Guest:
         disks=tuple(disk_storage(pid, [f for chain in guest.chains for f in chain.files])),
         netdevs=tuple(replace(n, persistent=bool(n.ifname) and tun.persistent(n.ifname)) for n in guest.netdevs),
         chardevs=tuple(replace(c, peer=peer_of(guest, c)) for c in guest.chardevs),
-        agent=ask_agent(agent_socket(guest), pid),
+        agent=ask_agent(guest),
         s3_disabled=ask_s3(guest),
         own_namespaces=own_namespaces(guest),
         unguarded_unit=next((s.who for s in guest.supervisors if s.kind == "systemd" and unguarded(s.who)), ""),
@@ -109,22 +110,30 @@ def disk_storage(pid: int, files: Sequence[str]) -> list[Storage]:
 
 def agent_socket(guest: Guest) -> str:
     """Path of the socket behind the guest agent's port, as the guest's process sees it; "" where there is none."""
+    return _agent_port(guest)[0]
+
+
+def _agent_port(guest: Guest) -> tuple[str, bool]:
+    """That path, and whether a program in the guest has opened the port."""
     command = command_of(guest)
     ports = devices(command) if command is not None else ()
     labels = [p.params.get("chardev") for p in ports if p.params.get("name") == AGENT_PORT]
     for chardev in guest.chardevs:
         described = parse_filename(chardev.filename)
         if chardev.label in labels and described.protocol == "unix":
-            return described.address
-    return ""
+            return described.address, chardev.frontend_open
+    return "", False
 
 
-def ask_agent(path: str, pid: int | None = None) -> GuestAgent | None:
-    """What answers at an agent's socket; None where there is no socket."""
+def ask_agent(guest: Guest) -> GuestAgent | None:
+    """What answers at the agent's socket; None where there is no socket."""
+    path, opened = _agent_port(guest)
     if not path:
         return None
+    if not opened:  # nobody would answer, and most guests of a manager have the port
+        return GuestAgent(path=path, error=f"guest agent {path}: no program in the guest has opened its port")
     try:
-        with Agent(path, pid=pid, timeout=AGENT_SECONDS) as agent:
+        with Agent(path, pid=guest.process.pid, timeout=AGENT_SECONDS) as agent:
             info = agent.info()
     except CprError as error:
         return GuestAgent(path=path, error=error.message)

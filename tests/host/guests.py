@@ -107,7 +107,7 @@ class AnyGuest(Generic[L]):
             "monitor = socket.socket(socket.AF_UNIX)",
             f"monitor.connect('{self.stem}.qmp')",
             "file = monitor.makefile('rw')",
-            "file.readline()",
+            "next(l for l in file if '\"QMP\"' in l)",
             "call = lambda text: [file.write(text), file.flush()] and next(l for l in file if '\"event\"' not in l)",
             "call('{\"execute\": \"qmp_capabilities\"}')",
             "print(call(sys.stdin.read()))",
@@ -238,7 +238,17 @@ def start_linux(
     make_disk(guest, b"", DISK_BYTES)
     launch(guest, line, Likeness(), unit=False)
     counts(guest, "^tick ", seconds, unit=False)
+    listens(guest, seconds)
     return guest
+
+
+def listens(guest: LinuxGuest, seconds: float) -> None:
+    """Wait for its agent, which opens its port a moment after the first line.  Raises LabError."""
+    end = time.monotonic() + seconds
+    while not any(c["label"] == "agent" and c["frontend-open"] for c in guest.qmp("query-chardev")):
+        if time.monotonic() > end:
+            raise LabError(f"the guest agent of {guest.name} did not open its port")
+        time.sleep(0.2)
 
 
 def make_disk(guest: AnyGuest[Any], content: bytes, size: int, uid: int = 0) -> None:

@@ -88,6 +88,22 @@ def test_answers_to_earlier_syncs_are_not_taken_for_the_last(tmp_path: Path) -> 
         assert client.info().version == "10.0.2"
 
 
+def test_an_agent_that_is_always_slower_than_we_ask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer to the latest question would else always come after the next one was put."""
+    monkeypatch.setattr(agent_module, "SYNC_AGAIN_SECONDS", 0.05)
+
+    def script(sock: socket.socket) -> None:
+        for message in questions(sock):
+            time.sleep(0.12)
+            if message["execute"] == "guest-info":
+                say(sock, {"return": INFO})
+                return
+            say(sock, {"return": message["arguments"]["id"]}, delimited=True)
+
+    with served(tmp_path, script) as fake, Agent(fake.path) as client:
+        assert client.info().version == "10.0.2"
+
+
 def test_nobody_answers(tmp_path: Path) -> None:
     with served(tmp_path, agent({}, deaf_to=1000)) as fake, Agent(fake.path, timeout=0.7) as client:
         began = time.monotonic()

@@ -22,6 +22,8 @@ from tests.unit.fake_monitor import FakeMonitor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cpr.model import Guest
+
 PORT = ("-device", "virtserialport,chardev=qga0,name=org.qemu.guest_agent.0,id=p0")
 
 
@@ -37,19 +39,25 @@ def test_where_the_agent_listens() -> None:
 
 
 def test_what_the_agent_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(path: Path, **changes: Any) -> Guest:
+        port = chardev("qga0", filename=f"disconnected:unix:{path},server=on", **changes)
+        return guest(*PORT, chardevs=(port,), process=ProcessId(os.getpid(), 1))
+
     path = tmp_path / "qga.sock"
     with FakeMonitor(path, agent({"guest-info": INFO})):
-        assert facts.ask_agent(str(path)) == GuestAgent(path=str(path), version="10.0.2", can_suspend=True)
-        assert facts.ask_agent(str(path), os.getpid()) is not None
-    gone = facts.ask_agent(str(tmp_path / "gone"))
+        assert facts.ask_agent(of(path)) == GuestAgent(path=str(path), version="10.0.2", can_suspend=True)
+        idle = facts.ask_agent(of(path, frontend_open=False))
+        assert idle is not None
+        assert "no program in the guest has opened its port" in idle.error
+    gone = facts.ask_agent(of(tmp_path / "gone"))
     assert gone is not None
     assert "cannot connect" in gone.error
     monkeypatch.setattr(facts, "AGENT_SECONDS", 0.2)
     with FakeMonitor(tmp_path / "deaf", agent({}, deaf_to=99)):
-        deaf = facts.ask_agent(str(tmp_path / "deaf"))
+        deaf = facts.ask_agent(of(tmp_path / "deaf"))
     assert deaf is not None
     assert "no answer" in deaf.error
-    assert facts.ask_agent("") is None
+    assert facts.ask_agent(guest()) is None
 
 
 def test_storage_of_ram_goes_by_descriptor(tmp_path: Path) -> None:
