@@ -209,15 +209,29 @@ class Chardev:
         return served and self.plain and self.in_argv
 
 
+class VncListener(NamedTuple):
+    """Where a VNC display listens: family (ipv4, ipv6, unix), host or path, and the descriptor of the process."""
+
+    family: str
+    host: str
+    service: str
+    number: int | None
+    websocket: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VncServer:
-    """A VNC display: `listeners` are (family, host or path, service, descriptor)."""
+    """A VNC display."""
 
     id: str
     auth: str
-    listeners: tuple[tuple[str, str, str, int | None], ...]
-    websocket: bool
+    listeners: tuple[VncListener, ...]
     clients: int
+
+    @property
+    def websocket(self) -> bool:
+        """Whether browsers are served."""
+        return any(listener.websocket for listener in self.listeners)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,15 +170,33 @@ def vnc_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
 
 
 @check("vnc-websocket", "VNC over websockets", engines=ANEW)
-def vnc_websocket(guest: Guest) -> Iterator[Finding]:
-    """display-update knows no websocket listener: the port would be taken when the new QEMU wants it."""
+def vnc_websocket(guest: Guest, command: CommandLine) -> Iterator[Finding]:
+    """display-update knows no websocket listener; in its own process QEMU gets it when it binds the address.
+
+    That is so for TCP at the address that the command line names: the path of a UNIX socket is removed before it is
+    bound, and in a range (`to`) QEMU takes the next port where one is taken.
+    """
+    hint = "start the guest the next time without websocket= (a proxy such as websockify does it outside)"
+    ranges = {d.vnc.id for d in displays(command) if d.vnc is not None and d.vnc.to}
     for server in guest.vnc:
-        if server.websocket:
-            yield blocker(
-                server.id,
-                "its websocket listener cannot be handed on: QEMU takes no descriptor for it",
-                "start the guest the next time without websocket= (a proxy such as websockify does it outside)",
-            )
+        if not server.websocket:
+            continue
+        what = "its websocket listener cannot be handed on"
+        why = ""
+        if any(listener.family not in ("ipv4", "ipv6") for listener in server.listeners):
+            why = "it has a UNIX socket, too, whose path the new QEMU would remove"
+        elif any(listener.number is None for listener in server.listeners):
+            why = "no descriptor of the process is its listener"
+        elif server.id in ranges:
+            why = "its port is one of a range (to=)"
+        if why:
+            yield blocker(server.id, f"{what}: {why}", hint, engines=("reexec",))
+        yield blocker(
+            server.id,
+            f"{what} to another process: QEMU takes no descriptor for it",
+            hint if why else "--engine reexec keeps it",
+            engines=HANDOVER,
+        )
 
 
 _LOCAL = {"gtk", "sdl", "curses", "cocoa", "dbus", "egl-headless", "spice-app"}

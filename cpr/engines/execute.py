@@ -23,6 +23,7 @@ from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc, status, stub
 from cpr.linux.process import Process, open_process
+from cpr.linux.rebind import address_of
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
 from cpr.model import Guest, Step, Target
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.linux.births import Birth
+    from cpr.linux.rebind import Address
     from cpr.model import Chardev
     from cpr.run import Run
 
@@ -198,7 +200,9 @@ class ExecNew(Step):
         if kept.console is not None:
             with contextlib.suppress(OSError):
                 kept.console.as_before()
-        replies = kept.tracer.events(Batch(tuple(calls)), program, Follow(after) if after else Detach())
+        bound = self._bound(run)
+        begin = Follow(after, bound) if after or bound else Detach()
+        replies = kept.tracer.events(Batch(tuple(calls)), program, begin)
         try:
             next(replies).raise_error()
             next(replies).raise_error()
@@ -209,6 +213,17 @@ class ExecNew(Step):
                 return
             if kept.executed or not self._became(kept):
                 raise
+
+    def _bound(self, run: Run) -> dict[Address, int]:
+        """{where the new QEMU will listen: the number of the listener that is there}."""
+        sources = {entry.name: entry.source for entry in self.successor.inherited}
+        found = {}
+        for name in self.successor.bound:
+            with clients.socket_of(run.descriptors[name]) as listener:
+                address, source = address_of(listener), sources[name]
+            if address is not None and source is not None:
+                found[address] = source
+        return found
 
     def _map(self, kept: InPlace) -> fdmap.FdMap:
         """What the new program finds under which number."""

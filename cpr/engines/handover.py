@@ -89,7 +89,7 @@ def vnc_listeners(guest: Guest, target: Target, engine: str) -> Iterator[Finding
             check=check, severity=Severity.BLOCKER, subject="vnc", message=message, hint=hint, engines=(engine,)
         )
 
-    if len([v for v in guest.vnc if any(n is not None for *_, n in v.listeners)]) > 1:
+    if len([v for v in guest.vnc if any(w.number is not None for w in v.listeners)]) > 1:
         message = "several VNC servers listen, and QEMU can only be given the listener of the first"
         yield blocker("vnc-several", message, "start the guest with one VNC server")
     if any(v.listeners for v in guest.vnc) and "display-update" not in target.commands:

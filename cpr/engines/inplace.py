@@ -169,15 +169,9 @@ class PrepareExec(Step):
         """Send a descriptor, and find out under which number the process has it."""
         assert run.old is not None
         pid = run.old.pid
-        before = set(clients.descriptor_targets(pid))
+        before = clients.descriptor_targets(pid)
         run.monitor.send_fd(_label(name), number)
-        wanted = os.fstat(number)
-        found = []
-        for there in clients.descriptor_targets(pid).keys() - before:
-            with contextlib.suppress(OSError):
-                status = os.stat(f"/proc/{pid}/fd/{there}")
-                if (status.st_dev, status.st_ino, status.st_rdev) == (wanted.st_dev, wanted.st_ino, wanted.st_rdev):
-                    found.append(there)
+        found = clients.given(pid, before, number)
         if len(found) != 1:
             raise StepFailed(self.describe(), f"{name}: not found again among the descriptors of pid {pid}")
         kept.given[name] = found[0]

@@ -22,7 +22,7 @@ from cpr.qemu.variables import DROPPED, foreign
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from cpr.model import Chardev, Guest, Target
+    from cpr.model import Chardev, Guest, Target, VncServer
 
 FIRST_NUMBER = 20
 """Inherited descriptors are numbered from here: above stdio and what a launcher holds for itself."""
@@ -75,7 +75,9 @@ class Successor:
     monitors: tuple[str, ...]
     """Labels of the monitors that must not serve anybody before the commit, the control one among them."""
     vnc: tuple[tuple[str, tuple[str, ...]], ...]
-    """(display id, names of inherited listeners)."""
+    """(display id, names of inherited listeners), of those that are given them by monitor."""
+    bound: tuple[str, ...]
+    """Names of inherited listeners that take the place of what the new QEMU binds to their addresses (rebind.py)."""
     forwards: tuple[str, ...]
     """HMP commands that hand the forwarded ports back."""
     gdb: str
@@ -201,15 +203,11 @@ def successor(
     line = _with_fdsets(line, guest, take)
     line, _ = cl.without_hostfwd(line)
     line, _ = cl.without_gdb(line)
-    line, _ = cl.with_vnc_detached(line)
-    vnc = []
+    binding = {v.id for v in guest.vnc if v.websocket} if in_place else set()
+    line, _ = cl.with_vnc_detached(line, but=binding)
+    vnc: dict[str, tuple[str, ...]] = {}
     for server in guest.vnc:
-        names = []
-        for index, (_, _, _, listener) in enumerate(server.listeners):
-            if listener is not None:
-                names.append(f"vnc:{server.id}:{index}")
-                inherited.append(Inherited(name=names[-1], source=listener, target=None))
-        vnc.append((server.id, tuple(names)))
+        vnc[server.id] = tuple(_vnc_listeners(server, inherited, websockets=in_place))
     control = CONTROL if alone else controls(guest)
     control_number: int | None = None
     if control == CONTROL:
@@ -238,11 +236,20 @@ def successor(
         control=control,
         control_number=control_number,
         monitors=tuple(c.label for c in monitors),
-        vnc=tuple((display, names) for display, names in vnc if names),
+        vnc=tuple((display, names) for display, names in vnc.items() if names and display not in binding),
+        bound=tuple(name for display in binding for name in vnc[display]),
         forwards=tuple(_forwards(guest)),
         gdb=next((f"gdbserver {gdb_device(c.filename)}" for c in guest.chardevs if c.label == GDB), ""),
         notes=tuple(notes),
     )
+
+
+def _vnc_listeners(server: VncServer, inherited: list[Inherited], *, websockets: bool) -> Iterator[str]:
+    """Names of what it listens with; QEMU cannot be given a websocket listener by monitor."""
+    for index, listener in enumerate(server.listeners):
+        if listener.number is not None and (websockets or not listener.websocket):
+            inherited.append(Inherited(name=f"vnc:{server.id}:{index}", source=listener.number, target=None))
+            yield inherited[-1].name
 
 
 def _forwards(guest: Guest) -> Iterator[str]:

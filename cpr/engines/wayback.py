@@ -98,6 +98,11 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     _put_back(run, guest, back)
     _give_monitors_back(run, process)
     run.notes += leftover.close_left(process, placed.left)
+    run.notes += [
+        f"VNC {server.id}: browsers are not served any more, as the old QEMU cannot be given its websocket listener"
+        for server in guest.vnc
+        if server.websocket
+    ]
     run.notes += [_outside(unit, process.pid) for unit in _units(guest)]
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Self
 from cpr.linux import procfile, ptrace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from cpr.linux.proc import Thread
 
@@ -84,78 +83,61 @@ class _LastId:
             os.pwrite(self._file, b"%d" % self._own, 0)
             self._own = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             self.next_is(None)
         os.close(self._file)
 
 
-def follow(pid: int, after: Mapping[str, Birth], until: Callable[[], bool]) -> None:
-    """Let a process that stands before its first instruction go on, and set the id of the next thread whenever one is
-    born that `after` names, as `predecessors` has it. It stands again when all are there, or `until`.
+class Births:
+    """What is still to be born in a traced program: `at_clone` at each stop of its first thread that tells of one."""
 
-    Raises:
-        ProcessLookupError: it has ended. TimeoutError: a thread does not stop; it goes on when the tracer ends.
-    """
-    try:
-        last = _LastId()
-    except OSError:
-        return
-    with last, contextlib.ExitStack() as newborn:
-        _follow(pid, dict(after), until, last, newborn)
+    def __init__(self, pid: int, after: Mapping[str, Birth]) -> None:
+        self._pid = pid
+        self._after = dict(after)
+        self._expected: Birth | None = None
+        self._born = 0
+        self._newborn = contextlib.ExitStack()
+        self._last: _LastId | None = None
 
+    def __enter__(self) -> Self:
+        if self._after:
+            with contextlib.suppress(OSError):
+                self._last = _LastId()
+        return self
 
-def _follow(
-    pid: int, after: dict[str, Birth], until: Callable[[], bool], last: _LastId, newborn: contextlib.ExitStack
-) -> None:
-    ptrace.set_options(pid, ptrace.PTRACE_O_TRACECLONE)
-    born, number, asked = 0, 0, False
-    expected: Birth | None = None
-    while after or expected is not None:
-        ptrace.resume(pid, number)
-        newborn.close()  # the new thread begins while its maker goes on
-        stop, asked = _next_stop(pid, until, asked)
-        number = 0
-        if stop.event == ptrace.PTRACE_EVENT_CLONE:
-            tid = ptrace.event_message(pid)
-            newborn.callback(_let_go, tid)
-            if os.path.exists(f"/proc/{pid}/task/{tid}"):  # else a process: helpers of async teardown
-                born += 1
-                name = FIRST
-                if expected is not None and expected.tid == tid:
-                    name = expected.name
-                elif born > 1 and after:
-                    newborn.close()
-                    name = _name(pid, tid)
-                expected = after.pop(name, None)
-                try:
-                    last.next_is(expected.tid if expected is not None else None)
-                except OSError:
-                    return
-        elif stop.event == ptrace.PTRACE_EVENT_STOP:
-            if asked or stop.signal != signal.SIGTRAP:  # SIGSTOP and the like: they take hold when it is let go
-                return
-        elif not stop.event:
-            number = stop.signal
-        if asked:
-            ptrace.interrupt(pid)  # the other stop has taken it back
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+        if self._last is not None:
+            self._last.close()
 
+    @property
+    def left(self) -> bool:
+        """Whether somebody is waited for whose id can be set."""
+        return self._last is not None and (bool(self._after) or self._expected is not None)
 
-def _next_stop(pid: int, until: Callable[[], bool], asked: bool) -> tuple[ptrace.Stop, bool]:
-    """Where it stands, and whether it was asked to stop."""
-    end = time.monotonic() + STOP_SECONDS if asked else 0.0
-    try:
-        while (stop := ptrace.poll(pid)) is None:
-            if not end and until():
-                ptrace.interrupt(pid)
-                end = time.monotonic() + STOP_SECONDS
-            ptrace.pause(end or time.monotonic() + STOP_SECONDS)
-    except ChildProcessError:
-        raise procfile.gone(pid) from None
-    return stop, bool(end)
+    def let_go(self) -> None:
+        """Have the thread begin that was born last."""
+        self._newborn.close()
+
+    def at_clone(self, tid: int) -> None:
+        """`tid` is born, and stands. Raises OSError (ESRCH) where the program has ended."""
+        self._newborn.callback(_let_go, tid)
+        if not self.left or not os.path.exists(f"/proc/{self._pid}/task/{tid}"):
+            return  # a process: helpers of async teardown
+        assert self._last is not None
+        self._born += 1
+        name = FIRST
+        if self._expected is not None and self._expected.tid == tid:
+            name = self._expected.name
+        elif self._born > 1 and self._after:
+            self.let_go()
+            name = _name(self._pid, tid)
+        self._expected = self._after.pop(name, None)
+        try:
+            self._last.next_is(self._expected.tid if self._expected is not None else None)
+        except OSError:
+            self._after, self._expected = {}, None
 
 
 def _let_go(tid: int) -> None:

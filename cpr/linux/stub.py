@@ -106,7 +106,7 @@ X86_64 = Architecture(
     registers=_X86_64_REGISTERS,
     numbers={
         "read": 0, "write": 1, "close": 3, "mmap": 9, "mprotect": 10, "munmap": 11, "rt_sigprocmask": 14, "ioctl": 16,
-        "dup": 32, "getpid": 39, "socket": 41, "sendmsg": 46, "recvmsg": 47, "socketpair": 53, "execve": 59,
+        "dup": 32, "getpid": 39, "socket": 41, "sendmsg": 46, "recvmsg": 47, "bind": 49, "socketpair": 53, "execve": 59,
         "wait4": 61, "fcntl": 72, "prctl": 157, "gettid": 186, "restart_syscall": 219, "epoll_wait": 232,
         "openat": 257, "epoll_pwait": 281, "accept4": 288, "dup3": 292, "kcmp": 312, "memfd_create": 319,
         "userfaultfd": 323,

@@ -26,16 +26,18 @@ import socket
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from cpr.errors import Blocked, CprError, PrivilegeError
-from cpr.linux import births, ours, stub
+from cpr.linux import follow, ours, stub
 from cpr.linux.process import Process, open_process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from cpr.linux.births import Birth
+    from cpr.linux.rebind import Address
     from cpr.linux.tracee import Call, Tracee
 
 _PROGRAM = "from cpr.linux.tracer import main; main()"
@@ -78,11 +80,13 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """After Exec, instead of Detach: let the new program begin, and its threads get the ids that they should have
-    (births.py). It is done at once, and ends at the next operation if not before."""
+    """After Exec, instead of Detach: let the new program begin, and its threads get the ids that they should have, its
+    listeners those that are there (follow.py). The reply comes at once; it ends at the next operation if not before."""
 
-    after: dict[str, births.Birth]
+    after: dict[str, Birth]
     """{name of a thread, or births.FIRST: the one that is born next}."""
+    bound: dict[Address, int] = field(default_factory=dict)
+    """{where a socket will be bound: the descriptor that takes its place}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +264,7 @@ class Helper:
         self._process = process
         self._room = stub.find_room(process.pid)
         self._tracee: Tracee | None = None
-        self._after: dict[str, births.Birth] | None = None
+        self._begun: Follow | None = None
         """While the new program is to be followed."""
         self._gone = select.poll()
         self._gone.register(sock, select.POLLRDHUP)
@@ -270,16 +274,16 @@ class Helper:
         while isinstance(operations := _receive(self._socket), tuple):
             if not self._do_all(operations):
                 return
-            if self._after is not None:
-                self._follow(self._after)
-                self._after = None
+            if self._begun is not None:
+                self._follow(self._begun)
+                self._begun = None
 
-    def _follow(self, after: Mapping[str, births.Birth]) -> None:
+    def _follow(self, begun: Follow) -> None:
         """Raises TimeoutError: the end of ours is what lets the program go on."""
         told = select.poll()
         told.register(self._socket, select.POLLIN | select.POLLRDHUP)
         with contextlib.suppress(ProcessLookupError):
-            births.follow(self._process.pid, after, lambda: bool(told.poll(0)))
+            follow.follow(self._process.pid, begun.after, begun.bound, lambda: bool(told.poll(0)))
         self.undo()
 
     def undo(self) -> None:
@@ -315,7 +319,7 @@ class Helper:
         elif isinstance(operation, Follow):
             if self._tracee is None or not self._tracee.executed:
                 raise ValueError("nothing was executed")
-            self._after = operation.after
+            self._begun = operation
         elif isinstance(operation, Look):
             self._room = self._room or stub.find_room(self._process.pid)
         elif self._tracee is None:

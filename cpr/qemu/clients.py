@@ -34,6 +34,19 @@ ASIDE = 200
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a listener says, not where we listen
 
 
+def given(pid: int, before: Mapping[int, str], number: int) -> list[int]:
+    """Under which numbers a process has our descriptor `number` that it had not `before` (`descriptor_targets`): where
+    it has closed one meanwhile, that may be its number. Raises OSError: it is gone."""
+    wanted = os.fstat(number)
+    found = []
+    for there, _ in descriptor_targets(pid).items() - before.items():
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{pid}/fd/{there}")
+            if (status.st_dev, status.st_ino, status.st_rdev) == (wanted.st_dev, wanted.st_ino, wanted.st_rdev):
+                found.append(there)
+    return found
+
+
 def socket_of(fd: Fd) -> socket.socket:
     """A duplicate to ask and set things on; closing it does not close `fd`."""
     return socket.socket(fileno=os.dup(fd.number))

@@ -45,9 +45,9 @@ def owners(
             if number is not None:
                 found[number] = f"chardev:{chardev.label}"
     for server in vnc:
-        for _, _, _, listener in server.listeners:
-            if listener is not None:
-                found[listener] = f"vnc:{server.id}"
+        for listener in server.listeners:
+            if listener.number is not None:
+                found[listener.number] = f"vnc:{server.id}"
     for netdev in netdevs:
         for number in (*netdev.fds, *netdev.vhost_fds):
             found[number] = f"netdev:{netdev.id}"

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cpr.errors import CommandFailed
-from cpr.model import Device, Vcpu, VncServer
+from cpr.model import Device, Vcpu, VncListener, VncServer
 from cpr.qemu import sockets
 from cpr.qemu.answers import Answers, flag, mapping, mappings, number, text
 
@@ -111,22 +111,20 @@ def parse_vnc(reply: Any, table: Collection[Endpoint] = ()) -> tuple[VncServer, 
 
 
 def _vnc(entry: dict[str, Any], table: Collection[Endpoint]) -> VncServer:
-    listeners: list[tuple[str, str, str, int | None]] = []
-    websocket = False
+    listeners: list[VncListener] = []
     for server in mappings(entry.get("server", [])):
         family, host, service = text(server["family"]), text(server["host"]), text(server["service"])
-        websocket = websocket or flag(server.get("websocket", False))
         if family == "unix":
             host, service = host or service, ""  # QEMU gives the path as the service (ui/vnc.c vnc_init_basic_info)
             endpoint = sockets.unix_listener(table, host)
         else:
             endpoint = sockets.tcp_listener(table, host, int(service)) if service.isdigit() else None
-        listeners.append((family, host, service, endpoint.number if endpoint else None))
+        number = endpoint.number if endpoint else None
+        listeners.append(VncListener(family, host, service, number, flag(server.get("websocket", False))))
     return VncServer(
         id=text(entry["id"]),
         auth=text(entry["auth"]),
         listeners=tuple(listeners),
-        websocket=websocket,
         clients=len(list(mappings(entry.get("clients", [])))),
     )
 

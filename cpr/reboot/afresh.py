@@ -38,7 +38,7 @@ from cpr.reboot.afresh_ram import RamFindings, files_made, with_ram
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from cpr.model import Chardev, Guest, Netdev, Target
+    from cpr.model import Chardev, Guest, Netdev, Target, VncListener
     from cpr.qemu.cmdline.facts import Netdev as GivenNetdev
     from cpr.reboot.afresh_ram import NewMemory
 
@@ -295,10 +295,10 @@ def _with_vnc(line: cl.CommandLine, guest: Guest, found: _Findings) -> cl.Comman
     return line
 
 
-def _vnc_addresses(listeners: Sequence[tuple[str, str, str, int | None]]) -> Iterator[str]:
+def _vnc_addresses(listeners: Sequence[VncListener]) -> Iterator[str]:
     """As -vnc takes them; "" for one that it cannot be given."""
-    everywhere = {service for _, host, service, _ in listeners if host == "::"}
-    for family, host, service, _ in listeners:
+    everywhere = {w.service for w in listeners if w.host == "::"}
+    for family, host, service, *_ in listeners:
         if family == "unix":
             yield f"unix:{host}"
         elif not service.isdigit() or int(service) < VNC_BASE_PORT:

@@ -77,3 +77,19 @@ def test_a_listener_goes_on_as_it_did(listener: socket.socket) -> None:
     with client(listener) as ours:
         assert withdraw(listener, ours)
     assert os.get_blocking(listener.fileno())
+
+
+def test_a_descriptor_that_was_given_is_found_under_a_number_that_was_another_ones() -> None:
+    """A viewer hung up just then, and its number was free."""
+    other, memory = os.open(os.devnull, os.O_RDONLY), os.memfd_create("given")
+    try:
+        before = clients.descriptor_targets(os.getpid())
+        assert clients.given(os.getpid(), before, memory) == []
+        os.dup2(memory, other)
+        assert clients.given(os.getpid(), before, memory) == [other]
+        more = os.dup(memory)
+        assert sorted(clients.given(os.getpid(), before, memory)) == sorted([other, more])
+        os.close(more)
+    finally:
+        os.close(other)
+        os.close(memory)

@@ -315,8 +315,8 @@ def test_vnc(lab: Lab, builds: Callable[[str], QemuBuild], key: str) -> None:
     assert server.id == "default"
     assert server.websocket
     assert len(server.listeners) == 2
-    assert all(number is not None for *_, number in server.listeners)
-    service = next(int(s) for _, _, s, _ in server.listeners if 0 <= int(s) - port < 10)
+    assert all(w.number is not None for w in server.listeners)
+    service = next(int(w.service) for w in server.listeners if 0 <= int(w.service) - port < 10)
     with socket.create_connection(("127.0.0.1", service), timeout=10) as viewer:
         assert viewer.recv(12).startswith(b"RFB")
         viewer.sendall(b"RFB 003.008\n")

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "cpr").rglob("*.py"))
 LONGEST = 450
-LONGER = {"cpr/model.py": 660}
+LONGER = {"cpr/model.py": 680}
 """The nouns stand in one place, and half of that file is what they mean."""
 
 ONLY = {

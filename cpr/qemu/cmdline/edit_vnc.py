@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cpr.qemu.cmdline.argv import CommandLine, Option
@@ -11,8 +11,9 @@ from cpr.qemu.cmdline.params import CommandLineError, Form, Item
 from cpr.qemu.cmdline.query_io import displays
 
 
-def with_vnc_detached(cmdline: CommandLine) -> tuple[CommandLine, tuple[Vnc, ...]]:
-    """Every VNC server started as `-vnc none` with its own id and parameters, and what they listened on.
+def with_vnc_detached(cmdline: CommandLine, but: Collection[str] = ()) -> tuple[CommandLine, tuple[Vnc, ...]]:
+    """Every VNC server started as `-vnc none` with its own id and parameters, and what they listened on; `but` are ids
+    of those that are left as they are.
 
     The listener comes later by QMP `display-update` with an address of type fd. With `none` QEMU still checks the
     other parameters (tls-creds, password-secret, audiodev) and opens nothing, websocket included. `to` goes: it has
@@ -20,7 +21,7 @@ def with_vnc_detached(cmdline: CommandLine) -> tuple[CommandLine, tuple[Vnc, ...
     """
     taken: list[Vnc] = []
     for display in displays(cmdline):
-        if display.vnc is None:
+        if display.vnc is None or display.vnc.id in but:
             continue
         taken.append(display.vnc)
         params = display.params.without("vnc", "to")

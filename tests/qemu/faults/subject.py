@@ -19,7 +19,7 @@ from cpr import discover, journal, keeper, survey
 from cpr.engines import ENGINES, Request
 from cpr.errors import MonitorHeld
 from cpr.linux.process import open_process
-from cpr.model import MonitorAddress, Netdev, Outcome, Plan, Severity, Step, VncServer
+from cpr.model import MonitorAddress, Netdev, Outcome, Plan, Severity, Step, VncListener, VncServer
 from cpr.qemu import features, qmp
 from cpr.qemu.options import knowledge_from
 from cpr.run import Bounds
@@ -58,7 +58,7 @@ def every_step(engine: str = "handover") -> tuple[Step, ...]:
         argv=(*values.guest().argv, *words.split()),
         ram=(replace(values.ram(), discard_data=True),),
         netdevs=(Netdev(id="u0", type="user", hostfwd=("tcp:127.0.0.1:2222-:22",)),),
-        vnc=(VncServer(id="default", auth="none", listeners=(("unix", "/v", "", 9),), websocket=False, clients=0),),
+        vnc=(VncServer(id="default", auth="none", listeners=(VncListener("unix", "/v", "", 9),), clients=0),),
     )
     target = replace(values.target(), options=knowledge_from("", []))
     return tuple(ENGINES[engine].steps(guest, target, Request(run_id="20261120T101500-3f2a")))

@@ -20,6 +20,7 @@ from cpr.model import (
     Rehearsal,
     Storage,
     Target,
+    VncListener,
     VncServer,
 )
 from tests.unit import values
@@ -100,8 +101,15 @@ def device(kind: str, id: str = "dev0", *, anonymous: bool = False) -> Device:
     return Device(id=id, type=kind, anonymous=anonymous)
 
 
+def browsers(**changes: Any) -> VncServer:
+    """A VNC display that also listens for websockets, at a listener like this."""
+    plain = VncListener(family="ipv4", host="127.0.0.1", service="5901", number=20)
+    web = VncListener(family="ipv4", host="127.0.0.1", service="5701", number=21, websocket=True)
+    return vnc(listeners=(plain, web._replace(**changes)))
+
+
 def vnc(**changes: Any) -> VncServer:
-    known: dict[str, Any] = {"id": "default", "auth": "none", "listeners": (), "websocket": False, "clients": 0}
+    known: dict[str, Any] = {"id": "default", "auth": "none", "listeners": (), "clients": 0}
     return VncServer(**{**known, **changes})
 
 

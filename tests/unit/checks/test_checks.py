@@ -32,6 +32,7 @@ from tests.unit.checks.facts import (
     GIB,
     MIB,
     REGION,
+    browsers,
     chardev,
     device,
     guest,
@@ -351,7 +352,12 @@ DEVICES = [
     Case("vnc-password", "over QMP", guest("-vnc", ":1,password=on", vnc=(vnc(auth="vnc"),)), [(W, "default")]),
     Case("vnc-password", "password-secret", guest("-vnc", ":1,password-secret=s0", vnc=(vnc(auth="vnc"),))),
     Case("vnc-password", "none", guest("-vnc", ":1", vnc=(vnc(),))),
-    Case("vnc-websocket", "on", guest(vnc=(vnc(websocket=True),)), [(B, "default")]),
+    Case("vnc-websocket", "on", guest(vnc=(browsers(),)), [(B, "default")]),
+    Case("vnc-websocket", "one of a range",
+         guest("-vnc", ":1,websocket=on,to=9", vnc=(browsers(),)), [(B, "default"), (B, "default")]),
+    Case("vnc-websocket", "a UNIX socket",
+         guest(vnc=(browsers(family="unix", host="/run/web"),)), [(B, "default"), (B, "default")]),
+    Case("vnc-websocket", "nobody's", guest(vnc=(browsers(number=None),)), [(B, "default"), (B, "default")]),
     Case("vnc-websocket", "off", guest(vnc=(vnc(),))),
     *(Case("display-local", kind, guest("-display", kind), [(B, kind)])
       for kind in ("gtk", "sdl", "curses", "dbus", "egl-headless", "spice-app")),
@@ -627,6 +633,7 @@ def test_re_exec_keeps_what_two_processes_cannot_share(kind: str) -> None:
         ("monitor-client", guest(chardevs=(chardev("mon1", monitor="control", connected=True),))),
         ("monitor-client", guest(chardevs=(chardev("mon1", monitor="readline", connected=True),))),
         ("monitor-held", guest(monitor_held=True)),
+        ("vnc-websocket", guest(vnc=(browsers(),))),
     ],
 )
 def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
@@ -643,7 +650,7 @@ def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
         ("chardev-not-movable", guest(chardevs=(chardev(listener=None),))),
         ("chardev-framing", guest(chardevs=(chardev(plain=False, connected=True, server=False),))),
         ("monitor-client", guest(chardevs=(chardev("mon1", monitor="readline", connected=True, plain=False),))),
-        ("vnc-websocket", guest(vnc=(vnc(websocket=True),))),
+        ("vnc-websocket", guest(vnc=(browsers(number=None),))),
         ("spice", guest(spice=True)),
         ("listener-unknown", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),))),
         ("netdev-unsupported", guest(netdevs=(netdev("vhost-user", fds=()),))),

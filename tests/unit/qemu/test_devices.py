@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cpr.linux.fds import OpenDescriptor
-from cpr.model import BlockChain, Chardev
+from cpr.model import BlockChain, Chardev, VncListener
 from cpr.qemu import block, chardevs, cpu, descriptors, devices, network, sockets
 from cpr.qemu import cmdline as cl
 from cpr.qemu.chardevs import Described
@@ -325,9 +325,9 @@ def test_parse_vnc() -> None:
     table = [tcp(9, ("127.0.0.1", 5901)), unix(10, "/run/vnc", listening=True)]
     first, second = devices.parse_vnc(reply, table)
     assert first.listeners == (
-        ("ipv4", "127.0.0.1", "5901", 9),
-        ("ipv4", "127.0.0.1", "5701", None),
-        ("unix", "/run/vnc", "", 10),
+        VncListener("ipv4", "127.0.0.1", "5901", 9),
+        VncListener("ipv4", "127.0.0.1", "5701", None, websocket=True),
+        VncListener("unix", "/run/vnc", "", 10),
     )
     assert (first.websocket, first.clients) == (True, 1)
     assert (second.id, second.listeners, second.clients) == ("second", (), 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cpr.model import Backing, Guest, RamBlock, Storage
+from cpr.model import Backing, Guest, RamBlock, Storage, VncListener
 from cpr.reboot.afresh import Afresh, afresh, demands, with_ram_paths
 from cpr.reboot.afresh_ram import NewMemory, ram_path
 from tests.unit import values
@@ -308,17 +308,17 @@ def test_forwarded_ports_are_those_of_now() -> None:
     ],
 )
 def test_a_display_listens_again_where_it_did(listeners: list[tuple[str, str, str, int]], words: str) -> None:
-    it = made("-vnc", "none,password=on", vnc=(vnc(listeners=tuple(listeners)),))
+    it = made("-vnc", "none,password=on", vnc=(vnc(listeners=tuple(VncListener(*of) for of in listeners)),))
     assert f"-vnc {words},password=on" in text(it)
     assert it.missing == ()
 
 
 def test_displays_that_stay_as_they_are_given() -> None:
-    somewhere = (vnc(listeners=(("ipv4", "127.0.0.1", "5903", 9),)),)
+    somewhere = (vnc(listeners=(VncListener("ipv4", "127.0.0.1", "5903", 9),)),)
     assert "-vnc :1 " in text(made("-vnc", ":1", vnc=somewhere))
     assert "-vnc 127.0.0.1:3 " in text(made("-vnc", "localhost:0,to=9", vnc=somewhere)), "clients know this port"
     assert "-vnc none " in text(made("-vnc", "none", vnc=(vnc(),)))
-    low = (vnc(listeners=(("ipv4", "127.0.0.1", "99", 9),)),)
+    low = (vnc(listeners=(VncListener("ipv4", "127.0.0.1", "99", 9),)),)
     (missing,) = made("-vnc", "none", vnc=low).missing
     assert missing.subject == "vnc default"
 
