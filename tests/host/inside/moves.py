@@ -171,10 +171,16 @@ def renice(pid: int, niceness: int) -> None:
 
 
 def said(log: CountingLog | LinuxLog) -> str:
-    """The end of what it said; where it has booted twice, what came before the second time as well."""
+    """The end of what it said, and before that what was around the first number that is missing; where it has booted
+    twice, what came before the second time."""
     text = bytes(log.text).decode("ascii", "replace")
+    before = ""
+    if isinstance(log, LinuxLog) and log.jumps:
+        at = text.find(f"tick {log.jumps[0][0]} ")
+        before = f"{text[max(0, at - 500) : at + 1500]!r}\n[...]\n"
     again = text.rfind("Linux version")
-    before = text[max(0, again - 5000) : again] if again > 5000 else ""
+    if again > 5000:
+        before += text[again - 5000 : again]
     return before + text[-3000:]
 
 
