@@ -450,7 +450,8 @@ class Guest:
     nodes: tuple[BlockNode, ...]
     chardevs: tuple[Chardev, ...]
     vnc: tuple[VncServer, ...]
-    spice: bool
+    spice: str
+    """How its SPICE clients log in (none, spice, sasl); "" where that is off."""
     netdevs: tuple[Netdev, ...]
     vcpus: tuple[Vcpu, ...]
     iothreads: tuple[tuple[str, int], ...]

@@ -194,7 +194,7 @@ class _Survey:
         serial = chardevs.chardevs(answers, command, endpoints, pid=pid, noted=connections)
         serial = self.without_passers_by(serial, endpoints)
         vnc = devices.vnc_servers(answers, endpoints)
-        spice, spice_ports = devices.spice(answers)
+        spice, spice_places = devices.spice(answers)
         netdevs, usernet = network.netdevs(answers, command, table)
         fdsets = devices.fdsets(answers)
         migration, reasons = answers.read("query-migrate", parse_migrate, ("", ()))
@@ -231,7 +231,7 @@ class _Survey:
                 ram=ram,
                 files=descriptors.named_files(pid, cwd, named),
                 ptys=chardevs.pty_numbers(serial),
-                spice_ports=spice_ports,
+                spice=spice_places,
             ),
             fdsets=fdsets,
             capabilities=answers.read("query-migrate-capabilities", parse_capabilities, ()),

@@ -32,6 +32,7 @@ SAME: dict[str, Callable[[Guest], object]] = {
     "throttling": lambda g: sorted((c.drive or c.device, c.throttle) for c in g.chains),
     "chardevs": lambda g: sorted(c.label for c in g.chardevs if c.label != "cpr-control"),
     "network backends": lambda g: sorted((n.id, n.type, n.ifname, len(n.fds)) for n in g.netdevs),
+    "SPICE": lambda g: g.spice,
     "VNC": lambda g: sorted((v.id, [(*w[:3], w.websocket) for w in v.listeners]) for v in g.vnc),
     "generation id": lambda g: g.generation_id,
     "vCPUs": lambda g: sorted(v.index for v in g.vcpus),

@@ -219,13 +219,36 @@ def display_local(command: CommandLine) -> Iterator[Finding]:
 def spice(guest: Guest) -> Iterator[Finding]:
     """Its listener and its sessions are inside libspice-server, which takes neither from outside.
 
-    The listener has no close-on-exec flag (reds_init_socket): it would stay open over an exec and hold the port, too.
+    In its own process QEMU gets the listener when it binds the address; the sessions end.
     """
-    if guest.spice:
-        yield blocker(
+    if not guest.spice:
+        return
+    yield blocker(
+        "spice",
+        "the SPICE server's listener cannot be handed on: the new QEMU would find the port taken",
+        "--engine reexec keeps it; or use VNC at the next start",
+        engines=HANDOVER,
+    )
+    clients = [file for file in guest.open_files if (file.owner, file.kind) == ("spice", "socket")]
+    if clients:
+        yield warning(
             "spice",
-            "the SPICE server's listener and sessions cannot be handed on: the new QEMU would find the port taken",
-            "use VNC at the next start",
+            f"will disconnect: a SPICE client ({len(clients)} connections), whose session is inside QEMU; it has to "
+            "connect again",
+            engines=("reexec",),
+        )
+
+
+@check("spice-password", "A SPICE password that was set over QMP", modes=BOTH)
+def spice_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
+    """Nobody can read it back. Until it is set again nobody can log in."""
+    given = [params for d in displays(command) if d.kind == "spice" for params in (d.params,)]
+    if guest.spice == "spice" and not any("password" in p or "password-secret" in p for p in given):
+        yield warning(
+            "spice",
+            "the SPICE password was set over QMP and cannot be read back: after the update nobody can log in until it "
+            "is set again",
+            "set_password after the update, or use password-secret= at the next start",
         )
 
 

@@ -23,9 +23,8 @@ from cpr.engines.wayback import bring_back
 from cpr.errors import CprError, StepFailed
 from cpr.linux import fds, proc, status, stub
 from cpr.linux.process import Process, open_process
-from cpr.linux.rebind import address_of
 from cpr.linux.tracee import Call
-from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Look, Tracer
+from cpr.linux.tracer import Attach, Batch, Detach, Exec, Follow, Keep, Look, Tracer
 from cpr.model import Guest, Step, Target
 from cpr.qemu import clients, qmp
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from cpr.engines.successor import Inherited, Successor
     from cpr.linux.births import Birth
-    from cpr.linux.rebind import Address
+    from cpr.linux.tracer import Operation
     from cpr.model import Chardev
     from cpr.run import Run
 
@@ -146,7 +145,8 @@ class ExecNew(Step):
         for entry in self._inherited(kept):
             if entry.source is not None:
                 self._same(run, entry)
-                survive.append(entry.source)
+                if entry.name not in self.successor.bound:  # whoever dies: the new program can bind their addresses
+                    survive.append(entry.source)
             elif entry.target is not None:
                 moved.append((kept.given[entry.name], entry.target))
         if self.successor.control_number is not None:
@@ -156,7 +156,10 @@ class ExecNew(Step):
         kept.changed = tuple(n for n in dict.fromkeys(survive) if fds.closes_on_exec(pid, n))
         for number in kept.changed:
             yield Call("fcntl", (number, F_SETFD, 0))
-        for number in set(kept.loose) & there.keys() - set(survive):
+        loose = set(kept.loose)
+        if self.guest.spice:  # it takes clients without the flag, and they would not hear a hang-up
+            loose.update(d.number for d in fds.descriptor_table(pid) if d.number > 2 and not d.close_on_exec)
+        for number in loose & there.keys() - set(survive):
             yield Call("fcntl", (number, F_SETFD, FD_CLOEXEC))
         for source, target in moved:
             yield Call("dup3", (source, target, 0))
@@ -200,12 +203,12 @@ class ExecNew(Step):
         if kept.console is not None:
             with contextlib.suppress(OSError):
                 kept.console.as_before()
-        bound = self._bound(run)
-        begin = Follow(after, bound) if after or bound else Detach()
-        replies = kept.tracer.events(Batch(tuple(calls)), program, begin)
+        bound = tuple(e.source for e in self.successor.inherited if e.name in self.successor.bound and e.source)
+        first: list[Operation] = [Batch(tuple(calls)), *([Keep(bound)] if bound else []), program]
+        replies = kept.tracer.events(*first, Follow(after) if after or bound else Detach())
         try:
-            next(replies).raise_error()
-            next(replies).raise_error()
+            for _ in first:
+                next(replies).raise_error()
             kept.executed = True
             next(replies).raise_error()
         except (CprError, OSError) as error:
@@ -214,21 +217,11 @@ class ExecNew(Step):
             if kept.executed or not self._became(kept):
                 raise
 
-    def _bound(self, run: Run) -> dict[Address, int]:
-        """{where the new QEMU will listen: the number of the listener that is there}."""
-        sources = {entry.name: entry.source for entry in self.successor.inherited}
-        found = {}
-        for name in self.successor.bound:
-            with clients.socket_of(run.descriptors[name]) as listener:
-                address, source = address_of(listener), sources[name]
-            if address is not None and source is not None:
-                found[address] = source
-        return found
-
     def _map(self, kept: InPlace) -> fdmap.FdMap:
         """What the new program finds under which number."""
         pid = self.guest.process.pid
-        named = {_map_name(e.name): e.source for e in self._inherited(kept) if e.source is not None}
+        inherited = [e for e in self._inherited(kept) if e.name not in self.successor.bound]
+        named = {_map_name(e.name): e.source for e in inherited if e.source is not None}
         named |= {fdmap.pty(label): number for label, number in kept.ptys.items()}
         named |= {fdmap.client(label): number for label, number in kept.clients.items()}
         named[fdmap.STATE] = kept.given[STATE]

@@ -92,8 +92,8 @@ class InPlace:
     def left(self) -> fdmap.FdMap:
         """What the new QEMU needs once, and not any more when clients are let in: the state; RAM, of which it opens
         /proc/self/fd/N again; VNC listeners, which come by monitor."""
-        once = {n: e for n, e in self.map.entries.items() if n == fdmap.STATE or n.startswith(("ram:", "vnc:"))}
-        return fdmap.FdMap(entries=once)
+        kinds = (fdmap.STATE, "ram:", "vnc:")
+        return fdmap.FdMap(entries={n: e for n, e in self.map.entries.items() if n.startswith(kinds)})
 
 
 def in_place(run: Run) -> InPlace:

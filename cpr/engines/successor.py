@@ -20,7 +20,7 @@ from cpr.qemu.readconfig import inline_readconfig
 from cpr.qemu.variables import DROPPED, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from cpr.model import Chardev, Guest, Target, VncServer
 
@@ -66,6 +66,8 @@ class Successor:
     """Everything that starting the new QEMU needs besides the old one's likeness."""
 
     argv: tuple[str, ...]
+    deaf: tuple[str, ...]
+    """The same, with no VNC server nor SPICE that opens a listener: for where that keeps the guest from starting."""
     environ: tuple[tuple[str, str], ...]
     inherited: tuple[Inherited, ...]
     control: str
@@ -77,7 +79,8 @@ class Successor:
     vnc: tuple[tuple[str, tuple[str, ...]], ...]
     """(display id, names of inherited listeners), of those that are given them by monitor."""
     bound: tuple[str, ...]
-    """Names of inherited listeners that take the place of what the new QEMU binds to their addresses (rebind.py)."""
+    """Names of listeners that QEMU is given by nobody and binds by itself: in place it gets those that it has
+    (linux/rebind.py)."""
     forwards: tuple[str, ...]
     """HMP commands that hand the forwarded ports back."""
     gdb: str
@@ -203,11 +206,11 @@ def successor(
     line = _with_fdsets(line, guest, take)
     line, _ = cl.without_hostfwd(line)
     line, _ = cl.without_gdb(line)
-    binding = {v.id for v in guest.vnc if v.websocket} if in_place else set()
-    line, _ = cl.with_vnc_detached(line, but=binding)
-    vnc: dict[str, tuple[str, ...]] = {}
-    for server in guest.vnc:
-        vnc[server.id] = tuple(_vnc_listeners(server, inherited, websockets=in_place))
+    bound = _bound(guest)
+    line, _ = cl.with_vnc_detached(line, but={v.id for v in guest.vnc if v.websocket} if in_place or alone else ())
+    if in_place:
+        inherited += [Inherited(name=name, source=number, target=None) for name, number in bound.items()]
+    vnc = [(server.id, tuple(_listeners(server, inherited, but=bound))) for server in guest.vnc]
     control = CONTROL if alone else controls(guest)
     control_number: int | None = None
     if control == CONTROL:
@@ -223,8 +226,10 @@ def successor(
     if stale := foreign(guest.environ):
         notes.append(f"variables that are never acted on are not passed on: {', '.join(stale)}")
     line = cl.append_options(cl.for_incoming(line), target.extra_options)
+    deaf, _ = cl.with_vnc_detached(cl.with_spice_deaf(line))
     return Successor(
         argv=tuple(line.argv()),
+        deaf=tuple(deaf.argv()),
         environ=environment(
             guest,
             target,
@@ -236,20 +241,39 @@ def successor(
         control=control,
         control_number=control_number,
         monitors=tuple(c.label for c in monitors),
-        vnc=tuple((display, names) for display, names in vnc.items() if names and display not in binding),
-        bound=tuple(name for display in binding for name in vnc[display]),
+        vnc=tuple((display, names) for display, names in vnc if names),
+        bound=tuple(bound),
         forwards=tuple(_forwards(guest)),
         gdb=next((f"gdbserver {gdb_device(c.filename)}" for c in guest.chardevs if c.label == GDB), ""),
         notes=tuple(notes),
     )
 
 
-def _vnc_listeners(server: VncServer, inherited: list[Inherited], *, websockets: bool) -> Iterator[str]:
-    """Names of what it listens with; QEMU cannot be given a websocket listener by monitor."""
+def _bound(guest: Guest) -> dict[str, int]:
+    """{name: descriptor} of listeners that no QEMU can be given by monitor: of SPICE, and of VNC servers that serve
+    browsers, too."""
+    found = {
+        _listener_name(server, index): listener.number
+        for server in guest.vnc
+        if server.websocket
+        for index, listener in enumerate(server.listeners)
+        if listener.number is not None
+    }
+    spice = (file.number for file in guest.open_files if (file.owner, file.kind) == ("spice", "listener"))
+    return found | {f"spice:{index}": number for index, number in enumerate(spice)}
+
+
+def _listeners(server: VncServer, inherited: list[Inherited], *, but: Collection[str]) -> Iterator[str]:
+    """Names of what it listens with, which it is given by monitor."""
     for index, listener in enumerate(server.listeners):
-        if listener.number is not None and (websockets or not listener.websocket):
-            inherited.append(Inherited(name=f"vnc:{server.id}:{index}", source=listener.number, target=None))
-            yield inherited[-1].name
+        name = _listener_name(server, index)
+        if listener.number is not None and name not in but:
+            inherited.append(Inherited(name=name, source=listener.number, target=None))
+            yield name
+
+
+def _listener_name(server: VncServer, index: int) -> str:
+    return f"vnc:{server.id}:{index}"
 
 
 def _forwards(guest: Guest) -> Iterator[str]:

@@ -74,6 +74,8 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     if not run.old.wait_dead(15.0):
         raise StepFailed(STEP, f"pid {run.old.pid} does not die", hint="cpr recover tries again")
     run.new = None
+    for name in back.bound:
+        run.descriptors.pop(name).close()  # it binds them again: nobody else has them now
     for attempt in range(ATTEMPTS):
         try:
             process, monitor, placed = _start(run, guest, back, kept)
@@ -83,6 +85,9 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
                 run.extra["lost"] = "the guest is down: the new QEMU failed, and the old one could not be started again"
                 raise
             run.notes.append(f"on the way back, tried again: {error.message}")
+            if attempt == ATTEMPTS - 2 and back.bound:
+                run.notes.append("started without its VNC or SPICE listeners, in case that they are what fails")
+                back = replace(back, argv=back.deaf)
     reconnect(run, run.successor, dict(clients_held(run)))
     try:
         ptys.give_back(process, monitor, {label: number for label, (number, _) in placed.ptys.items()})
@@ -98,11 +103,6 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
     _put_back(run, guest, back)
     _give_monitors_back(run, process)
     run.notes += leftover.close_left(process, placed.left)
-    run.notes += [
-        f"VNC {server.id}: browsers are not served any more, as the old QEMU cannot be given its websocket listener"
-        for server in guest.vnc
-        if server.websocket
-    ]
     run.notes += [_outside(unit, process.pid) for unit in _units(guest)]
 
 

@@ -1,7 +1,7 @@
 """A new program's first moments under our eyes: from before its first instruction until what was to be done is done.
 
     birth of a thread       the next one gets the id that it should have      births.py
-    a socket is bound       it becomes a listener that is there already       rebind.py
+    a socket is bound       it becomes a listener that was there before       rebind.py
 
 The program runs on whatever fails here, our own end included. A thread that is born is let go at once: calls are looked
 at in the first thread only, and only while there is something to be bound, as each of them costs two stops.
@@ -23,24 +23,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cpr.linux.births import Birth
-    from cpr.linux.rebind import Address
+    from cpr.linux.rebind import Doors
 
 BIND_SECONDS = 10.0
 """For how long nothing else ends it while something is to be bound: the program would find its address taken."""
 
 
-def follow(pid: int, after: Mapping[str, Birth], bound: Mapping[Address, int], until: Callable[[], bool]) -> None:
+def follow(pid: int, after: Mapping[str, Birth], doors: Doors | None, until: Callable[[], bool]) -> None:
     """Let a process that stands before its first instruction go on. It stands again when there is nothing more to be
     done, or `until`.
 
-    after: as `births.predecessors` has it.  bound: {where a socket will be bound: the process's descriptor that listens
-    there already, and is to take its place}.
+    after: as `births.predecessors` has it.  doors: listeners that take the place of what it binds to their addresses.
 
     Raises:
         ProcessLookupError: it has ended. TimeoutError: a thread does not stop; it goes on when the tracer ends.
     """
     with Births(pid, after) as births:
-        _follow(pid, births, Rebinding(pid, bound), until)
+        _follow(pid, births, Rebinding(pid, doors), until)
 
 
 def _follow(pid: int, births: Births, binding: Rebinding, until: Callable[[], bool]) -> None:

@@ -63,6 +63,7 @@ class Architecture:
     instruction: bytes
     """The system call instruction: the kernel steps back by its length to restart a call."""
     pc: str
+    stack: str
     number: str
     result: str
     origin: str
@@ -99,6 +100,7 @@ X86_64 = Architecture(
     elf_machine=62,
     instruction=b"\x0f\x05",
     pc="rip",
+    stack="rsp",
     number="rax",
     result="rax",
     origin="orig_rax",

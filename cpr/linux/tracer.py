@@ -1,6 +1,6 @@
 """The tracer: a small process of its own that stops a process and makes system calls in it, and outlives its caller.
 
-    Tracer ── length, pickled list of operations ──► helper       Attach, Batch, Exec, Detach or Follow
+    Tracer ── length, pickled list of operations ──► helper       Attach, Batch, Keep, Exec, Detach ...
            ◄── length, pickled Reply, one for each operation ──
 
 It is started before the pause, finds out beforehand what takes time, and waits. After an operation that failed it
@@ -26,18 +26,17 @@ import socket
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from cpr.errors import Blocked, CprError, PrivilegeError
-from cpr.linux import follow, ours, stub
+from cpr.linux import follow, ours, rebind, stub
 from cpr.linux.process import Process, open_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cpr.linux.births import Birth
-    from cpr.linux.rebind import Address
     from cpr.linux.tracee import Call, Tracee
 
 _PROGRAM = "from cpr.linux.tracer import main; main()"
@@ -81,12 +80,17 @@ class Detach:
 @dataclass(frozen=True, slots=True)
 class Follow:
     """After Exec, instead of Detach: let the new program begin, and its threads get the ids that they should have, its
-    listeners those that are there (follow.py). The reply comes at once; it ends at the next operation if not before."""
+    listeners those that were kept (follow.py). The reply comes at once; it ends at the next operation if not before."""
 
     after: dict[str, Birth]
     """{name of a thread, or births.FIRST: the one that is born next}."""
-    bound: dict[Address, int] = field(default_factory=dict)
-    """{where a socket will be bound: the descriptor that takes its place}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Before Exec: keep these listeners of the process for where the new program binds their addresses (rebind.py)."""
+
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class Look:
     """Find out, while the process runs, what Attach would find out: after an Exec, once the program has begun."""
 
 
-Operation = Attach | Batch | Exec | Detach | Follow | Look
+Operation = Attach | Batch | Keep | Exec | Detach | Follow | Look
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +270,7 @@ class Helper:
         self._tracee: Tracee | None = None
         self._begun: Follow | None = None
         """While the new program is to be followed."""
+        self._doors: rebind.Doors | None = None
         self._gone = select.poll()
         self._gone.register(sock, select.POLLRDHUP)
 
@@ -283,10 +288,16 @@ class Helper:
         told = select.poll()
         told.register(self._socket, select.POLLIN | select.POLLRDHUP)
         with contextlib.suppress(ProcessLookupError):
-            follow.follow(self._process.pid, begun.after, begun.bound, lambda: bool(told.poll(0)))
+            follow.follow(self._process.pid, begun.after, self._doors, lambda: bool(told.poll(0)))
         self.undo()
 
     def undo(self) -> None:
+        if self._doors is not None:
+            if self._tracee is not None and not self._tracee.executed:
+                with contextlib.suppress(OSError):
+                    self._tracee.call("close", self._doors.theirs)
+            self._doors.close()
+            self._doors = None
         if self._tracee is not None:
             self._tracee.detach()
             self._tracee = None
@@ -324,6 +335,8 @@ class Helper:
             self._room = self._room or stub.find_room(self._process.pid)
         elif self._tracee is None:
             raise ValueError("nothing is attached")
+        elif isinstance(operation, Keep):
+            self._doors = rebind.Doors.take(self._tracee, self._process, operation.numbers)
         elif isinstance(operation, Batch):
             return tuple(self._tracee.batch(operation.calls, self._check_caller))
         else:

@@ -67,9 +67,10 @@ def open_files(
     ram: Iterable[RamBlock],
     files: Mapping[tuple[int, int], str],
     ptys: Mapping[int, str],
-    spice_ports: Collection[int] = (),
+    spice: Collection[int | str] = (),
 ) -> tuple[OpenFile, ...]:
-    """`files`: owner by (st_dev, st_ino) of files that somebody names; `ptys`: chardev label by pts number."""
+    """`files`: owner by (st_dev, st_ino) of files that somebody names; `ptys`: chardev label by pts number;
+    `spice`: its ports and paths."""
     unique = [d for d in table if d.number in known and kind_of(d) in ("file", "socket")]
     by_inode = {(d.device, d.inode): known[d.number] for d in unique}
     by_inode |= {(b.device, b.inode): f"ram:{b.id}" for b in ram if b.inode}
@@ -83,7 +84,7 @@ def open_files(
         if not owner and (entry.device, entry.inode) in by_inode:
             owner = by_inode[entry.device, entry.inode]
         if not owner and endpoint is not None:
-            owner = _owner_of_socket(endpoint, endpoints, known, served, spice_ports)
+            owner = _owner_of_socket(endpoint, endpoints, known, served, spice)
         if not owner:
             owner = _owner_of_other(entry, kind, files, ptys)
         found.append(
@@ -133,12 +134,12 @@ def _owner_of_socket(
     endpoints: Collection[Endpoint],
     known: Mapping[int, str],
     served: Mapping[tuple[int, str, tuple[str, int]], str],
-    spice_ports: Collection[int],
+    spice: Collection[int | str],
 ) -> str:
-    if endpoint.listening:
-        return "spice" if endpoint.local[1] in spice_ports else ""
-    if endpoint.local[1] and endpoint.local[1] in spice_ports:
+    if endpoint.local[1] in spice or endpoint.path in spice:
         return "spice"
+    if endpoint.listening:
+        return ""
     for listener in endpoints:
         ours = listener.listening and sockets_key(listener) in served
         if ours and sockets.clients_of([endpoint], listener):

@@ -129,17 +129,21 @@ def _vnc(entry: dict[str, Any], table: Collection[Endpoint]) -> VncServer:
     )
 
 
-def spice(answers: Answers) -> tuple[bool, frozenset[int]]:
-    """Whether SPICE is on, and its ports."""
-
-    def parse(reply: Any) -> tuple[bool, frozenset[int]]:
-        ports = {reply[key] for key in ("port", "tls-port") if isinstance(mapping(reply).get(key), int)}
-        return flag(reply["enabled"]), frozenset(ports)
-
+def spice(answers: Answers) -> tuple[str, frozenset[int | str]]:
+    """As `parse_spice`. A QEMU built without SPICE has none."""
     try:
-        return answers.read("query-spice", parse, (False, frozenset()))
+        return answers.read("query-spice", parse_spice, ("", frozenset()))
     except CommandFailed:
-        return False, frozenset()
+        return "", frozenset()
+
+
+def parse_spice(reply: Any) -> tuple[str, frozenset[int | str]]:
+    """How clients of SPICE log in, "" where it is off; and its ports, or the path of its UNIX socket."""
+    reply = mapping(reply)
+    if not flag(reply["enabled"]):
+        return "", frozenset()
+    places: set[int | str] = {reply[key] for key in ("port", "tls-port") if isinstance(reply.get(key), int)}
+    return text(reply.get("auth", "")) or "unknown", frozenset(places or {text(reply.get("host", ""))}) - {""}
 
 
 # -- sockets

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 
 from cpr.linux import stub
 from cpr.linux.births import FIRST, Birth
+from cpr.linux.proc import read_argv
 from cpr.linux.process import open_process
 from cpr.linux.rebind import address_of, parse_address
-from cpr.linux.tracer import Attach, Exec, Follow, Tracer
-from tests.kernel.support import can, child, free_id, trace_a_child
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from cpr.linux.rebind import Address
+from cpr.linux.tracee import Call
+from cpr.linux.tracer import Attach, Batch, Exec, Follow, Keep, Tracer
+from tests.kernel.support import FOREVER, can, child, free_id, trace_a_child
 
 PROGRAM = """
 import socket, sys, threading
@@ -31,8 +28,11 @@ for word in sys.argv[1:]:
     try:
         listener.bind((host, int(port)))
         listener.listen(3)
+        listener.settimeout(1)
         client = listener.accept()[0]
         client.sendall(repr(listener.getsockname()[:2]).encode())
+    except TimeoutError:
+        print("nobody", flush=True)
     except OSError as error:
         print(error.errno, flush=True)
 print("done", flush=True)
@@ -57,24 +57,30 @@ def listener(family: socket.AddressFamily) -> socket.socket:
     return sock
 
 
-def run(listeners: list[socket.socket], bound: Mapping[Address, int] | None = None, *, kill: bool = False) -> str:
-    """What the program prints, which has these listeners under their own numbers and binds their addresses."""
+def run(listeners: list[socket.socket], kept: list[socket.socket] | None = None, *, kill: str = "") -> str:
+    """What the program prints, which binds the addresses of these listeners.
+
+    kept: those that are kept for it.  kill: the tracer, or `all` who have the listeners.
+    """
     words = [",".join(map(str, address_of(sock) or ())) for sock in listeners]
-    places = bound if bound is not None else {a: s.fileno() for s in listeners if (a := address_of(s)) is not None}
+    numbers = tuple(sock.fileno() for sock in (listeners if kept is None else kept))
     out, into = os.pipe()
 
     def keep() -> None:
         os.dup2(into, 1)
-        for sock in listeners:
+        for sock in (*listeners, *(kept or ())):
             os.set_inheritable(sock.fileno(), True)
 
     with os.fdopen(out, "rb", buffering=0) as said, child(prepare=keep, close_fds=False) as pid:
         os.close(into)
         with open_process(pid) as process, Tracer.start(process) as tracer:
             argv = (sys.executable, "-S", "-c", PROGRAM, *words)
-            follow = Follow({FIRST: Birth(free_id(), "python")}, dict(places))
-            tracer.run(Attach(), Exec(argv[0], argv, ("LC_ALL=C",)))
+            follow = Follow({FIRST: Birth(free_id(), "python")})
+            calls = tuple(Call("fcntl", (n, fcntl.F_SETFD, fcntl.FD_CLOEXEC)) for n in numbers)
+            tracer.run(Attach(), Batch(calls), Keep(numbers), Exec(argv[0], argv, ("LC_ALL=C",)))
             if kill:
+                for sock in listeners if kill == "all" else ():
+                    sock.close()
                 tracer.kill()
             else:
                 tracer.run(follow)
@@ -96,23 +102,29 @@ def test_those_who_wait_are_served(family: socket.AddressFamily) -> None:
 
 
 def test_where_nobody_follows_the_address_is_taken() -> None:
-    """So the tests above could fail."""
+    """By us, who have the listener yet; so the tests above could fail."""
     with listener(socket.AF_INET) as sock:
-        assert run([sock], kill=True) == "98\ndone\n"
+        assert run([sock], kill="tracer") == "98\ndone\n"
+
+
+def test_where_nobody_is_left_the_program_binds_it() -> None:
+    """All are dead who had the listener."""
+    with listener(socket.AF_INET) as sock:
+        assert run([sock], kill="all") == "nobody\ndone\n"
 
 
 def test_other_addresses_are_its_own() -> None:
     with listener(socket.AF_INET) as sock, listener(socket.AF_INET) as other:
-        wanted = address_of(other)
-        assert wanted is not None
-        assert run([sock], {wanted: other.fileno()}) == "98\ndone\n"
+        assert run([sock], [other]) == "98\ndone\n"
 
 
 def test_a_descriptor_that_is_not_there() -> None:
-    with listener(socket.AF_INET) as sock:
-        address = address_of(sock)
-        assert address is not None
-        assert run([sock], {address: 999}) == "9\ndone\n"
+    """It is said before the program is executed."""
+    with child() as pid, open_process(pid) as process, Tracer.start(process) as tracer:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            tracer.run(Attach(), Keep((999,)), Exec("/bin/true", ("true",), ()))
+        assert process.alive()
+        assert read_argv(pid) == FOREVER
 
 
 def test_addresses() -> None:

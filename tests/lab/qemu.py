@@ -1,7 +1,7 @@
 """QEMU builds of several releases, side by side in the cache, each an ordinary program of this machine.
 
 A build is Debian's package of some suite: the x86_64 system emulator, the libraries it is linked with and
-the firmware for PC machines.  Left out: other targets, graphical user interfaces, sound, SPICE, OpenGL.
+the firmware for PC machines.  Left out: other targets, graphical user interfaces, sound.
 
 The firmware lies in ``qemu-bundle`` beside the binary, where every QEMU since 7.1 looks first
 (get_relocated_path in QEMU's util/cutils.c), so that no -L option is needed.
@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from tests.lab import LabError, cache, debian, elf
 
-RECIPE = "1"
+RECIPE = "2"
 
 # Which suite each key comes from.  A key names a place in the lab; `QemuBuild.version` is what really came.
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -52,7 +52,15 @@ MODULES = (
     "hw-display-virtio-vga.so",
     "hw-usb-host.so",
     "hw-usb-redirect.so",
+    # SPICE, which does not load without the library that finds OpenGL
+    "ui-spice-core.so",
+    "ui-opengl.so",
+    "chardev-spice.so",
+    "hw-display-qxl.so",
 )
+MODULE_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType({"bookworm": ()})
+"""Of each suite, beside what the emulator depends on."""
+SPICE = ("qemu-system-modules-spice",)
 
 TOOLS = ("qemu-img", "qemu-storage-daemon")
 TOOLS_SUITE = "trixie"
@@ -136,7 +144,8 @@ def of_suite(key: str, suite: str) -> QemuBuild:
 def assemble(suite: str, workspace: cache.Workspace) -> None:
     """Make the prefix bin/, bin/qemu-bundle/ and lib/ of the QEMU that `suite` carries."""
     tree = workspace.scratch / "tree"
-    packages = ["qemu-system-x86", *(["qemu-utils"] if suite == TOOLS_SUITE else [])]
+    packages = ["qemu-system-x86", *MODULE_PACKAGES.get(suite, SPICE)]
+    packages += ["qemu-utils"] if suite == TOOLS_SUITE else []
     debian.unpack(suite, packages, tree, workspace.scratch)
     usr, bin_, bundle = tree / "usr", workspace.out / "bin", workspace.out / "bin" / "qemu-bundle" / "usr"
     bin_.mkdir()

@@ -77,7 +77,7 @@ HOSTS = ["127.0.0.1", pytest.param("localhost", marks=full)]
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("route", ["7.2 11.1.a", pytest.param("11.1.a 11.1.b 10.0", marks=full)])
+@pytest.mark.parametrize("route", ["7.2 11.1.a", pytest.param("11.1.a 11.1.b 11.1.a", marks=full)])
 def test_browsers_find_it_all_the_time(lab: Lab, cpr: Command, builds: Builds, route: str, host: str) -> None:
     """The same listeners at the same addresses, nobody refused, and those who came in the pause are served."""
     first, *rest = route.split()
@@ -122,7 +122,7 @@ def test_another_process_cannot_have_it(lab: Lab, cpr: Command, builds: Builds) 
 
 @pytest.mark.parametrize("faulty", ["fails", pytest.param("dies", marks=full)])
 def test_what_goes_wrong(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> None:
-    """On the way back browsers are served no more, which is said; where cpr dies and is recovered, they are."""
+    """Browsers are served after the way back, and where cpr dies and is recovered."""
     plain, web = free_port(), free_port()
     words = ("-vnc", f"127.0.0.1:{plain - 5900},websocket={web}", "-vga", "std")
     victim = Victim.start(lab, engine="reexec", everything=False, words=words)
@@ -130,14 +130,12 @@ def test_what_goes_wrong(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> N
     if faulty == "fails":
         outcome = victim.play(Fault(at=SCRIPT.at("LoadState", "done"), do="fail"))
         assert outcome.status == Status.ROLLED_BACK, outcome
-        assert any("browsers are not served any more" in note for note in outcome.notes), outcome
-        with pytest.raises(ConnectionRefusedError):
-            browse(("127.0.0.1", web))
+        victim.in_the_old_again(before)
     else:
         victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
         result = cpr("recover", "--json")
         assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
         victim.in_the_new(before)
-        assert browse(("127.0.0.1", web)).startswith(b"RFB ")
+    assert browse(("127.0.0.1", web)).startswith(b"RFB ")
     assert rfb(("127.0.0.1", plain)).startswith(b"RFB ")
     victim.can_be_updated()

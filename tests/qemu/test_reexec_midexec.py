@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.lab.qemu import QemuBuild
-    from tests.qemu.conftest import Command
+    from tests.qemu.conftest import Command, Result
 
 ENGINE = "reexec"
 BEFORE = Fault(at="fact:exec", do="wait")
@@ -80,11 +80,9 @@ def test_the_tracer_is_killed(own: Victim, stage: Stage, seconds: float) -> None
     own.can_be_updated()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seconds", [0.5, AFTER_ALL])
-def test_everybody_is_killed(own: Victim, cpr: Command, stage: Stage, seconds: float) -> None:
-    """`cpr recover` goes forward where it becomes the new program, and says where that is not to be known yet."""
-    before = own.before()
+def recovered(own: Victim, cpr: Command, stage: Stage, seconds: float) -> Result:
+    """What `cpr recover` says when the command, its keeper and the tracer are killed in the execve, which takes so long
+    yet."""
     with own.command(stage, BEFORE) as command:
         moment = stage.wait()
         with leased(str(own.new.binary)) as give_up:
@@ -97,6 +95,15 @@ def test_everybody_is_killed(own: Victim, cpr: Command, stage: Stage, seconds: f
             later.start()
             result = cpr("recover", "--json")
             later.cancel()
+    return result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seconds", [0.5, AFTER_ALL])
+def test_everybody_is_killed(own: Victim, cpr: Command, stage: Stage, seconds: float) -> None:
+    """`cpr recover` goes forward where it becomes the new program, and says where that is not to be known yet."""
+    before = own.before()
+    result = recovered(own, cpr, stage, seconds)
     if seconds == AFTER_ALL:
         assert (result.code, result.guest["status"]) == (Exit.NEEDS_ATTENTION, "needs_attention"), str(result)
         assert "is not to be known yet" in result.guest["error"]

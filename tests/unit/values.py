@@ -58,7 +58,7 @@ def guest(pid: int = 4242, start_time: int = 1000) -> Guest:
         nodes=(),
         chardevs=(),
         vnc=(),
-        spice=False,
+        spice="",
         netdevs=(),
         vcpus=(),
         iothreads=(),

@@ -41,7 +41,7 @@ from cpr.qemu.cmdline.edit_net import (
     with_netdev_null,
     without_hostfwd,
 )
-from cpr.qemu.cmdline.edit_vnc import with_vnc_addresses, with_vnc_detached
+from cpr.qemu.cmdline.edit_vnc import with_spice_deaf, with_vnc_addresses, with_vnc_detached
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
 from cpr.qemu.cmdline.params import CommandLineError, Params, parse_params, parse_size
 from cpr.qemu.cmdline.queries import (
@@ -103,6 +103,7 @@ __all__ = [
     "with_netdev_name",
     "with_netdev_null",
     "with_program",
+    "with_spice_deaf",
     "with_vnc_addresses",
     "with_vnc_detached",
     "without",

@@ -31,6 +31,11 @@ def with_vnc_detached(cmdline: CommandLine, but: Collection[str] = ()) -> tuple[
     return cmdline, tuple(taken)
 
 
+def with_spice_deaf(cmdline: CommandLine) -> CommandLine:
+    """SPICE on, as its devices want it, and listening nowhere: without a port it waits to be given clients."""
+    return cmdline.mapped(lambda o: Option("spice", "disable-ticketing=on", o.spelling) if o.name == "spice" else o)
+
+
 def with_vnc_addresses(cmdline: CommandLine, vnc_id: str, addresses: Sequence[str]) -> CommandLine:
     """The VNC server `vnc_id` made to listen at `addresses` (`127.0.0.1:1`, `unix:/run/vnc`) and nowhere else.
 

@@ -15,6 +15,7 @@ from cpr.qemu.cmdline.edit import for_incoming, without
 from cpr.qemu.cmdline.edit_chardevs import null_chardev
 from cpr.qemu.cmdline.edit_memory import with_memory_backend_fd, with_memory_backend_memfd
 from cpr.qemu.cmdline.edit_net import with_netdev_null
+from cpr.qemu.cmdline.edit_vnc import with_spice_deaf
 from cpr.qemu.cmdline.facts import Device, Drive, QomObject
 from cpr.qemu.cmdline.legacy import MONITOR_OBJECTS
 from cpr.qemu.cmdline.normalise import implicit_chardevs, normalise_chardevs
@@ -29,7 +30,7 @@ _LEFT_OUT = (
     *("S", "incoming", "loadvm", "snapshot", "preconfig", "daemonize", "pidfile", "chroot", "runas", "run-with"),
     *("async-teardown", "mem-path", "mem-prealloc", "overcommit", "realtime", "gdb", "s", "qtest", "qtest-log"),
     *("D", "d", "dfilter", "trace", "dump-vmstate", "plugin", "perfmap", "jitdump", "writeconfig", "add-fd"),
-    *("mon", "display", "vnc", "spice", "sdl", "curses", "full-screen", "no-quit", "iscsi", "tpmdev"),
+    *("mon", "display", "vnc", "sdl", "curses", "full-screen", "no-quit", "iscsi", "tpmdev"),
 )
 _OUTSIDE_DEVICES = ("vfio-", "vhost-", "usb-host", "tpm-", "ivshmem", "scsi-generic", "u2f-passthru", "xen-")
 _OUTSIDE_OBJECTS = ("input-", "filter-", "can-host-", "pr-manager", "iommufd", "colo-", "dbus-vmstate", "vfio-user")
@@ -61,7 +62,7 @@ def for_rehearsal(
         raise CommandLineError("-readconfig must be written out first (inline_readconfig)")
     result = without(normalise_chardevs(_with_quiet_defaults(cmdline)), _LEFT_OUT)
     result = _without_the_outside(result)
-    result = result.mapped(_quiet)
+    result = with_spice_deaf(result.mapped(_quiet))
     for netdev in reversed(netdevs(result)):  # the last first: one may vanish
         taps = (tap_fds or {}).get(netdev.id or "", ())
         result = with_netdev_null(result, netdev.index, taps)

@@ -362,7 +362,13 @@ DEVICES = [
     *(Case("display-local", kind, guest("-display", kind), [(B, kind)])
       for kind in ("gtk", "sdl", "curses", "dbus", "egl-headless", "spice-app")),
     Case("display-local", "none", guest()),
-    Case("spice", "on", guest(spice=True), [(B, "spice")]),
+    Case("spice", "on", guest(spice="none"), [(B, "spice")]),
+    Case("spice", "a client",
+         guest(spice="none", open_files=(replace(open_file(12, "socket", "x"), owner="spice"),)),
+         [(B, "spice"), (W, "spice")]),
+    Case("spice-password", "over QMP", guest("-spice", "port=5930", spice="spice"), [(W, "spice")]),
+    Case("spice-password", "on the command line", guest("-spice", "port=5930,password-secret=s", spice="spice")),
+    Case("spice-password", "none", guest("-spice", "port=5930,disable-ticketing=on", spice="none")),
     Case("spice", "off", guest()),
     Case("listener-unknown", "an NBD server", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),)),
          [(B, "fd 12")]),
@@ -634,6 +640,7 @@ def test_re_exec_keeps_what_two_processes_cannot_share(kind: str) -> None:
         ("monitor-client", guest(chardevs=(chardev("mon1", monitor="readline", connected=True),))),
         ("monitor-held", guest(monitor_held=True)),
         ("vnc-websocket", guest(vnc=(browsers(),))),
+        ("spice", guest(spice="none")),
     ],
 )
 def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
@@ -651,7 +658,6 @@ def test_re_exec_has_no_second_qemu(check: str, of: Guest) -> None:
         ("chardev-framing", guest(chardevs=(chardev(plain=False, connected=True, server=False),))),
         ("monitor-client", guest(chardevs=(chardev("mon1", monitor="readline", connected=True, plain=False),))),
         ("vnc-websocket", guest(vnc=(browsers(number=None),))),
-        ("spice", guest(spice=True)),
         ("listener-unknown", guest(open_files=(open_file(12, "listener", "0.0.0.0:10809"),))),
         ("netdev-unsupported", guest(netdevs=(netdev("vhost-user", fds=()),))),
         ("netdev-unsupported", guest(netdevs=(netdev("stream", fds=()),))),

@@ -12,6 +12,7 @@ from cpr.linux.fds import OpenDescriptor
 from cpr.model import BlockChain, Chardev, VncListener
 from cpr.qemu import block, chardevs, cpu, descriptors, devices, network, sockets
 from cpr.qemu import cmdline as cl
+from cpr.qemu.answers import NONSENSE
 from cpr.qemu.chardevs import Described
 from cpr.qemu.sockets import Endpoint
 
@@ -331,6 +332,25 @@ def test_parse_vnc() -> None:
     )
     assert (first.websocket, first.clients) == (True, 1)
     assert (second.id, second.listeners, second.clients) == ("second", (), 0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "spice"),
+    [
+        ({"enabled": False}, ("", set())),
+        ({"enabled": True, "auth": "none", "port": 5930, "tls-port": 5931, "host": "::"}, ("none", {5930, 5931})),
+        ({"enabled": True, "auth": "spice", "host": "/run/spice"}, ("spice", {"/run/spice"})),
+        ({"enabled": True}, ("unknown", set())),
+    ],
+)
+def test_parse_spice(reply: Any, spice: tuple[str, set[int | str]]) -> None:
+    assert devices.parse_spice(reply) == (spice[0], frozenset(spice[1]))
+
+
+@pytest.mark.parametrize("reply", [None, [], {}, {"enabled": 1}, {"enabled": True, "auth": 7}])
+def test_nonsense_about_spice(reply: Any) -> None:
+    with pytest.raises(NONSENSE):
+        devices.parse_spice(reply)
 
 
 # -- descriptors
