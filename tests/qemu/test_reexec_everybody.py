@@ -142,7 +142,7 @@ def test_everybody_at_once(lab: Lab, cpr: Command, builds: Builds, times: int) -
         assert pty_echo.received == pty_echo.sent > 0
         assert guest.logged == content(0, socket_echo.received)
         assert [greeting[:4] for _, greeting in viewer.served] == [b"RFB "] * times
-        assert any(waited for waited, _ in viewer.served), "the viewer was always too late to wait"
+        assert sum(waited for waited, _ in viewer.served) >= times / 2, "the viewer was too late to wait"
         assert not guest.console.ended
         assert qemus_of(lab) == [pid]
     assert agent.error is None
