@@ -176,8 +176,9 @@ def said(log: CountingLog | LinuxLog) -> str:
     text = bytes(log.text).decode("ascii", "replace")
     before = ""
     if isinstance(log, LinuxLog) and log.jumps:
-        at = text.find(f"tick {log.jumps[0][0]} ")
-        before = f"{text[max(0, at - 500) : at + 1500]!r}\n[...]\n"
+        last, first = (next(tick for tick in log.ticks if tick.number == number) for number in log.jumps[0])
+        at = text.find(f"tick {last.number} ")
+        before = f"{last} and {first}, and there:\n{text[max(0, at - 500) : at + 1500]!r}\n[...]\n"
     again = text.rfind("Linux version")
     if again > 5000:
         before += text[again - 5000 : again]
