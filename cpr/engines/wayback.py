@@ -70,6 +70,8 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
         StepFailed, NewQemuDied: it could not be; what is held stays held as long as we live.
     """
     assert run.old is not None
+    for unit in _units(guest):
+        run.journal.fact("outside", unit=unit)  # before systemd sees it end: see reboot/claims.py
     run.old.kill()
     if not run.old.wait_dead(15.0):
         raise StepFailed(STEP, f"pid {run.old.pid} does not die", hint="cpr recover tries again")
@@ -113,7 +115,8 @@ def _units(guest: Guest) -> list[str]:
 def _outside(unit: str, pid: int) -> str:
     return (
         f"to systemd {unit} has ended: the guest runs outside of it, in pid {pid}; with Restart= it may be started a "
-        f"second time, which `systemctl mask --runtime --now {unit}` keeps from happening until it is shut down"
+        f"second time, if it has not the drop-in cpr-guest.conf: `systemctl mask --runtime --now {unit}` keeps it from "
+        "that until it is shut down"
     )
 
 

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from cpr import journal
 from cpr.cli import main
 from cpr.errors import Exit
 from cpr.linux import proc
@@ -22,9 +23,6 @@ from cpr.reboot import store
 from cpr.reboot.claims import claim_on, unit_of
 from cpr.reboot.manifest import Mode, Phase, Restore, Result
 from tests.unit.reboot.saved import guest, manifest
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 UNIT = "web1.service"
 GONE = 1 << 30
@@ -182,3 +180,59 @@ def test_a_save_that_was_undone(base: str, tmp_path: Path, monkeypatch: pytest.M
     store.forget(str(path))
     assert store.by_hand() == ()
     assert claim_on(UNIT) == ""
+
+
+Line = dict[str, object]
+OUTSIDE: Line = {"fact": "outside", "unit": UNIT}
+DONE: Line = {"outcome": {}}
+
+
+def journaled(runs: Path, run: str, process: tuple[int, int], *lines: Line, boot_id: str = "") -> Path:
+    """The journal of an update of a guest in this process."""
+    path = Path(journal.journal_path(str(runs), run, ProcessId(*process)))
+    path.parent.mkdir(parents=True)
+    of: Line = {"name": "web1", "uuid": "", "runstate": "running", "pidfile": "", "cwd": "/", "discarding": []}
+    of |= {"pid": process[0], "start_time": process[1], "uid": 0, "capabilities": {}, "parameters": {}, "monitor": {}}
+    header = {"format": journal.FORMAT, "run": run, "boot_id": boot_id or proc.boot_id(), "steps": [], "guest": of}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
+    return path
+
+
+def fact(name: str, process: tuple[int, int]) -> Line:
+    return {"fact": name, "pid": process[0], "start_time": process[1]}
+
+
+def test_a_guest_that_an_update_brought_back_outside(base: str, tmp_path: Path) -> None:
+    runs = tmp_path / "run"
+    old, gone = (GONE, 1), (GONE, 2)
+
+    def claim(unit: str = UNIT) -> str:
+        return claim_on(unit, base, str(runs))
+
+    path = journaled(runs, "1", old, OUTSIDE)
+    assert "is being brought back" in claim()
+    assert claim("other.service") == ""
+    path.unlink()
+    path.parent.rmdir()
+    path = journaled(runs, "1", old, OUTSIDE, fact("back", ourselves()), DONE)
+    assert f"runs as pid {os.getpid()}" in claim()
+    path.write_text(path.read_text().replace(proc.boot_id(), "another"))
+    assert claim() == "", "of another boot"
+    path.unlink()
+    path.parent.rmdir()
+    journaled(runs, "1", old, OUTSIDE, fact("back", gone), DONE)
+    assert claim() == "", "it was shut down"
+    journaled(runs, "2", gone, fact("new", ourselves()), DONE)
+    assert f"runs as pid {os.getpid()}" in claim(), "a later update has put it there"
+    journaled(runs, "3", ourselves(), fact("new", ourselves()), DONE)
+    assert f"runs as pid {os.getpid()}" in claim(), "and it does not go round in circles"
+
+
+def test_an_update_that_was_undone_and_left_nothing(base: str, tmp_path: Path) -> None:
+    """It was undone before the old one was ended, or the new one could not be started: nobody runs."""
+    runs = tmp_path / "run"
+    journaled(runs, "1", (GONE, 1), DONE)
+    journaled(runs, "2", (GONE, 1), OUTSIDE, DONE)
+    (runs / "runs" / "3").mkdir()
+    (runs / "runs" / "3" / "1-1.journal").write_text("nonsense")
+    assert claim_on(UNIT, base, str(runs)) == ""
