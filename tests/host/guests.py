@@ -268,7 +268,8 @@ def launch(guest: AnyGuest[Any], words: Sequence[str], likeness: Likeness, *, un
     host.sh(f"rm -f {guest.console}")
     if unit:
         properties = "--property=Type=exec --property=Restart=always"  # whoever loses sight of it counts a restart
-        host.sh(f"systemd-run --quiet --unit={name} {properties} {shlex.join(words)}")
+        asks = shlex.quote(f"--property=ExecCondition=+cpr may-start --unit {name}.service")  # hooks/systemd
+        host.sh(f"systemd-run --quiet --unit={name} {properties} {asks} {shlex.join(words)}")
         guest.pid = int(host.sh(f"systemctl show -P MainPID {name}.service"))
     else:
         background = f"setsid {wrapped(words, name, likeness)} < /dev/null > {guest.stem}.out 2>&1 & echo $!"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.host import guests
+from tests.host import guests, jumps
 from tests.lab import qemu
 
 if TYPE_CHECKING:
@@ -58,13 +58,54 @@ def test_unit_goes_over_in_place(systemd_host: Host, route: tuple[str, ...]) -> 
         host.run("systemctl stop unit2.service")
 
 
+ENDS = """#!/bin/sh
+case "$*" in
+*cpr-rehearsal*) ;;
+*-incoming*) exit 3 ;;
+esac
+exec {binary} "$@"
+"""
+"""A QEMU that can be asked and tried, and ends when it is to take the guest."""
+
+
+@pytest.mark.timeout(900)
+def test_unit_whose_guest_was_brought_back_is_not_started_beside_it(systemd_host: Host) -> None:
+    """The way back is another process: the unit has ended, and Restart= would start a second QEMU over the disk."""
+    host = systemd_host
+    guest = guests.start(host, "7.2", name="unit3", unit=True)
+    program = "/state/ends"
+    try:
+        host.put(program, ENDS.format(binary=qemu.obtain("11.1.a").binary).encode())
+        host.sh(f"chmod 755 {program}")
+        said = host.cpr("update", "--restart", "unit3", "--qemu", program, "-y", "--json")
+        assert said.code == 6, said
+        (answer,) = said.json["guests"]
+        assert answer["pid_after"] != guest.pid, said
+        assert any("the guest runs outside of it" in note for note in answer["notes"]), said
+        guest.pid = answer["pid_after"]
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+        assert host.sh("systemctl show -P ActiveState unit3.service").strip() == "inactive"
+        asked = host.run("cpr may-start --unit unit3.service")
+        assert asked.code == 3, asked
+        assert f"runs as pid {guest.pid}" in asked.err, asked
+        assert host.run("systemctl restart unit3.service").code in (0, 1)
+        assert jumps.count_qemus(host) == 1
+    finally:
+        guest.end()
+        host.run("systemctl stop unit3.service")
+    assert host.run("cpr may-start --unit unit3.service").code == 0
+
+
 @pytest.mark.timeout(900)
 def test_bare_guest_beside_it_goes_over(systemd_host: Host) -> None:
     guest = guests.start(systemd_host, "7.2", name="bare1")
     try:
         said = systemd_host.cpr("update", "--restart", "bare1", "--qemu", qemu.obtain("11.1.a").binary, "-y", "--json")
         assert said.code == 0, said
-        guest.pid = said.json["guests"][0]["pid_after"]
+        (answer,) = said.json["guests"]
+        assert (answer["engine"], answer["status"]) == ("reexec", "updated"), "its pid file knows the process"
+        guest.pid = answer["pid_after"]
         log = guest.goes_on()
         assert log.sound, log.problems()
     finally:
