@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from cpr.linux.rebind import Doors
 
 BIND_SECONDS = 10.0
-"""For how long nothing else ends it while something is to be bound: the program would find its address taken."""
+"""How long one who is alone waits for what is to be bound: nobody is there to say that the program has begun."""
 
 
-def follow(pid: int, after: Mapping[str, Birth], doors: Doors | None, until: Callable[[], bool]) -> None:
+def follow(
+    pid: int, after: Mapping[str, Birth], doors: Doors | None, until: Callable[[], bool], alone: Callable[[], bool]
+) -> None:
     """Let a process that stands before its first instruction go on. It stands again when there is nothing more to be
-    done, or `until`.
+    done, or `until`; where we are `alone` not before all is bound.
 
     after: as `births.predecessors` has it.  doors: listeners that take the place of what it binds to their addresses.
 
@@ -39,16 +41,14 @@ def follow(pid: int, after: Mapping[str, Birth], doors: Doors | None, until: Cal
         ProcessLookupError: it has ended. TimeoutError: a thread does not stop; it goes on when the tracer ends.
     """
     with Births(pid, after) as births:
-        _follow(pid, births, Rebinding(pid, doors), until)
+        binding, patience = Rebinding(pid, doors), time.monotonic() + BIND_SECONDS
+        _follow(
+            pid, births, binding, lambda: until() or (alone() and not (binding.left and time.monotonic() < patience))
+        )
 
 
-def _follow(pid: int, births: Births, binding: Rebinding, until: Callable[[], bool]) -> None:
+def _follow(pid: int, births: Births, binding: Rebinding, enough: Callable[[], bool]) -> None:
     ptrace.set_options(pid, ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACESYSGOOD)
-    patience = time.monotonic() + BIND_SECONDS
-
-    def enough() -> bool:
-        return (not binding.left or time.monotonic() > patience) and until()
-
     number, asked = 0, False
     while births.left or binding.left:
         if binding.left:

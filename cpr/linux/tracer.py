@@ -287,8 +287,12 @@ class Helper:
         """Raises TimeoutError: the end of ours is what lets the program go on."""
         told = select.poll()
         told.register(self._socket, select.POLLIN | select.POLLRDHUP)
+
+        def asked() -> bool:
+            return [seen for _, seen in told.poll(0)] == [select.POLLIN]
+
         with contextlib.suppress(ProcessLookupError):
-            follow.follow(self._process.pid, begun.after, self._doors, lambda: bool(told.poll(0)))
+            follow.follow(self._process.pid, begun.after, self._doors, asked, lambda: bool(self._gone.poll(0)))
         self.undo()
 
     def undo(self) -> None:
