@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from cpr.qemu.qmp import Monitor
 
-ASK_SECONDS = 30.0
-"""A QEMU with `-machine none` answers within 0.1 s; more than this is a hang."""
+ASK_SECONDS = 120.0
+"""A QEMU with `-machine none` answers within 0.1 s; on a host that is emulated, or very busy, in 30 s. Nobody waits but
+us."""
 LABEL = "cpr"
 PENDING = "CPR_RUN_PENDING"
 """Tells `discover` that this is no guest."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cpr.model import Guest, Target
     from cpr.qemu.qmp import Monitor
 
-REHEARSAL_SECONDS = 20.0
+REHEARSAL_SECONDS = 60.0
 SCAN_SECONDS = 5.0
 """Longest that throw-away RAM is looked through; what was found by then counts."""
 MONITOR_NUMBER = 20
