@@ -113,9 +113,14 @@ class Agent:
         """Set the guest's clock to `seconds` since the epoch, or by its own RTC.
 
         Raises:
-            CommandFailed: a Linux guest without /sbin/hwclock, among others (qga/commands-posix.c).
+            CommandFailed: a Linux guest without /sbin/hwclock, among others (qga/commands-posix.c). It depends on the
+            agent's version whether the clock was set nevertheless: see `time`.
         """
         self.call("guest-set-time", **({} if seconds is None else {"time": int(seconds * 1e9)}))
+
+    def time(self) -> float:
+        """What the guest's clock says, in seconds since the epoch."""
+        return self._parsed("guest-get-time", answers.number) / 1e9
 
     def call(self, command: str, **arguments: Any) -> Any:
         """One command and its return value."""

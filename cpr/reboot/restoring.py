@@ -22,7 +22,7 @@ from cpr.engines import stream
 from cpr.engines.prepare import last_words, shared_files
 from cpr.engines.settings import put_back
 from cpr.engines.successor import MARK, run_mark
-from cpr.errors import CprError, Exit, MonitorError, StepFailed, words
+from cpr.errors import CommandFailed, CprError, Exit, MonitorError, StepFailed, words
 from cpr.linux import likeness, pci
 from cpr.linux.fds import Fd, memory_file
 from cpr.linux.process import Process
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0
 LOAD_SECONDS = 120.0
 RESUME_SECONDS = 5.0
+CLOCK_SECONDS = 2.0
+"""By how much a guest's clock that was set may differ from ours: it took its time to be asked."""
 PROGRAM_NUMBER = 9
 """Descriptor by which a copy of the old QEMU is executed: its directory is ours alone, and it may be another user's."""
 
@@ -357,7 +359,12 @@ def set_time(saved: SavedGuest, pid: int) -> list[str]:
         return ["its clock stood still while it was saved, and it has no guest agent by which it could be set"]
     try:
         with Agent(saved.agent, pid=pid) as agent:
-            agent.set_time(time.time())
+            try:
+                agent.set_time(time.time())
+            except CommandFailed as error:
+                if abs(agent.time() - time.time()) > CLOCK_SECONDS:
+                    raise
+                return [f"its clock was set by the guest agent, but not its hardware clock: {error.message}"]
     except CprError as error:
         return [f"its clock stood still while it was saved, and could not be set: {error.message}"]
     return ["its clock was set by the guest agent"]

@@ -238,17 +238,7 @@ def start_linux(
     make_disk(guest, b"", DISK_BYTES)
     launch(guest, line, Likeness(), unit=False)
     counts(guest, "^tick ", seconds, unit=False)
-    listens(guest, seconds)
     return guest
-
-
-def listens(guest: LinuxGuest, seconds: float) -> None:
-    """Wait for its agent, which opens its port a moment after the first line.  Raises LabError."""
-    end = time.monotonic() + seconds
-    while not any(c["label"] == "agent" and c["frontend-open"] for c in guest.qmp("query-chardev")):
-        if time.monotonic() > end:
-            raise LabError(f"the guest agent of {guest.name} did not open its port")
-        time.sleep(0.2)
 
 
 def make_disk(guest: AnyGuest[Any], content: bytes, size: int, uid: int = 0) -> None:

@@ -55,6 +55,7 @@ def test_smoke(hosts: Hosts) -> None:
     assert restored.code == 0, restored
     rows = jumps.back(restored)
     assert {name: row["status"] for name, row in rows.items()} == {"counting": "updated", "passed": "updated"}
+    assert "its clock was set by the guest agent" in rows["passed"]["notes"], rows
     hosts.lines.append(
         f"kexec 6.12 -> 7.2, two guests (devdax; devdax and vfio): started in {started:.1f} s, "
         f"saved and jumped in {took:.1f} s, restored in {max(row['total_seconds'] for row in rows.values()):.1f} s"

@@ -30,6 +30,7 @@ def test_asleep_over_the_jump_and_awake_after_it(hosts: Hosts, key: str) -> None
     restored = jumps.restore(host)
     assert restored.code == 0, restored
     row = jumps.back(restored)["passed"]
+    assert "its clock was set by the guest agent" in row["notes"], row
     hosts.lines.append(f"vfio, QEMU {key}: left in {took:.1f} s, restored in {row['total_seconds']:.1f} s")
     log = guest.whole()
     assert log.sound, log.problems()

@@ -49,3 +49,57 @@ def test_new_process_is_like_the_old(host: Host, likeness: Likeness, yama: int) 
     finally:
         guest.end()
         host.sh("echo 0 > /proc/sys/kernel/yama/ptrace_scope")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("likeness", [LIKENESSES["all"]], ids=["all"])
+def test_process_is_kept_under_yama(host: Host, likeness: Likeness) -> None:
+    """In place, twice; root may trace whom it likes at scope 1."""
+    host.sh("echo 1 > /proc/sys/kernel/yama/ptrace_scope")
+    name = f"like{next(NUMBER)}"
+    guest = guests.start(host, "7.2", name=name, likeness=likeness)
+    try:
+        before = guest.properties()
+        for key in ("11.1.a", "11.1.b"):
+            words = ("update", "--restart", name, "--engine", "reexec", "-y", "--json")
+            said = host.cpr(*words, "--qemu", qemu.obtain(key).binary)
+            assert said.code == 0, said
+            (answer,) = said.json["guests"]
+            assert answer["pid_after"] == guest.pid
+            assert guest.properties() == before
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+    finally:
+        guest.end()
+        host.sh("echo 0 > /proc/sys/kernel/yama/ptrace_scope")
+
+
+@pytest.mark.timeout(900)
+def test_yama_refuses_the_guests_own_user(host: Host) -> None:
+    """The same user, without CAP_SYS_PTRACE: refused by name, before anything is touched; at scope 0 it goes."""
+    name, user = f"like{next(NUMBER)}", 2000
+    guest = guests.start(host, "7.2", name=name, likeness=Likeness(uid=user))
+    directory = f"/tmp/run{user}"
+    host.sh(f"mkdir -m 700 {directory}; chown {user} {directory}")
+    become = f"CPR_RUN_DIR={directory} exec setpriv --reuid={user} --regid={user} --clear-groups cpr"
+    words = f"update --restart {name} --engine reexec -y --json --qemu {qemu.obtain('11.1.a').binary}"
+    try:
+        host.sh("echo 1 > /proc/sys/kernel/yama/ptrace_scope")
+        before = guest.properties()
+        said = host.run(f"{become} {words}", 400)
+        assert said.code == 3, said
+        (answer,) = said.json["guests"]
+        (found,) = (f for f in answer["findings"] if f["check"] == "ptrace")
+        assert "ptrace_scope is 1" in found["message"], said
+        assert "CAP_SYS_PTRACE" in found["message"] + found["hint"], said
+        assert answer["where"] == "the guest was not touched"
+        assert guest.properties() == before
+        host.sh("echo 0 > /proc/sys/kernel/yama/ptrace_scope")
+        said = host.run(f"{become} {words}", 400)
+        assert said.code == 0, said
+        assert said.json["guests"][0]["pid_after"] == guest.pid
+        log = guest.goes_on()
+        assert log.sound, log.problems()
+    finally:
+        guest.end()
+        host.sh("echo 0 > /proc/sys/kernel/yama/ptrace_scope")

@@ -2,7 +2,7 @@
 # The Linux guest's init (busybox).  What it prints:
 #
 #   boot ID             the kernel's boot_id
-#   tick N UPTIME       some 80 times a second; N grows by one, UPTIME is in seconds
+#   tick N UPTIME       some 80 times a second, from when the agent listens; N grows by one, UPTIME is in seconds
 #   disk ok N           every tenth block of the disk written, and another one read back as it was written
 #   disk BAD N ...      one that was not
 #   cpu I N             with cpr.busy: a process bound to each CPU, some times a second
@@ -27,6 +27,13 @@ mkfifo /run/never       # nobody writes there: a `read` with a timeout is a slee
 
 pause() {
     read -r -t "$1" nothing <> /run/never
+}
+
+opened() {
+    for file in "/proc/$1/fd/"*; do
+        [ "$file" -ef "$2" ] && return 0
+    done
+    return 1
 }
 
 block() {
@@ -122,8 +129,14 @@ done
 [ -d /sys/class/virtio-ports ] && echo_ports &
 if [ -x /usr/sbin/qemu-ga ]; then
     for port in /sys/class/virtio-ports/*; do
-        [ "$(cat "$port/name" 2> /dev/null)" = org.qemu.guest_agent.0 ] &&
+        if [ "$(cat "$port/name" 2> /dev/null)" = org.qemu.guest_agent.0 ]; then
             qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run &
+            n=0
+            until opened $! "/dev/${port##*/}" || [ $n = 200 ]; do
+                n=$((n + 1))
+                pause 0.05
+            done
+        fi
     done
 fi
 

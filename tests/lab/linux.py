@@ -18,7 +18,7 @@ from tests.lab import LabError, cache, debian, elf
 from tests.lab.console import ConsoleLog, largest_gap
 from tests.lab.cpio import Archive
 
-RECIPE = "2"
+RECIPE = "3"
 SUITE = "bookworm"
 INIT = Path(__file__).with_name("linux-init.sh")
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng", "virtio_mem")
@@ -98,6 +98,7 @@ def build(workspace: cache.Workspace) -> None:
     elf.copy_libraries(tree, [tree / "usr" / "sbin" / "qemu-ga"], libraries)
     archive.copy("usr/sbin/qemu-ga", tree / "usr" / "sbin" / "qemu-ga")
     archive.symlink("bin/qemu-ga", "/usr/sbin/qemu-ga")
+    archive.symlink("sbin/hwclock", "/bin/busybox")  # by which qemu-ga sets the time
     for library in sorted(libraries.iterdir()):
         directory = "lib64" if library.name == elf.LOADER else "lib/x86_64-linux-gnu"
         archive.copy(f"{directory}/{library.name}", library)
