@@ -1,15 +1,22 @@
 """A Linux kernel command line as text: its words, and the memory that `memmap=` of it leaves to persistent memory.
 
 Pure functions, from what the kernel itself does: lib/cmdline.c (next_arg, memparse), kernel/params.c (parse_args),
-arch/x86/kernel/e820.c (parse_memmap_one).
+arch/x86/kernel/e820.c (parse_memmap_one), arch/x86/boot/compressed/kaslr.c.
 
 Out of scope: reading /proc/cmdline, and choosing words (linux/kexec.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+AVOIDED_BY_KASLR = 4
+"""MAX_MEMMAP_REGIONS."""
 _MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kKmMgGtTpPeE]?)")
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _NUMBERS = 1 << 64
@@ -80,13 +87,51 @@ def persistent_ranges(command_line: str) -> tuple[tuple[int, int], ...]:
             if part.startswith("exactmap"):
                 ranges.clear()
                 continue
-            try:
-                size, rest = memparse(part)
-                if rest.startswith("!") and size:
-                    ranges.append((memparse(rest[1:])[0], size))
-            except ValueError:
-                continue
+            ranges += _persistent([part])
     return _joined(ranges)
+
+
+def exposed_ranges(command_line: str) -> tuple[tuple[int, int], ...]:
+    """(start, size) in bytes of what `persistent_ranges` has and the kernel may yet unpack itself over when it boots.
+
+    Where it puts itself at random (KASLR) it avoids the first four regions of `memmap=` only. With a fifth one in the
+    same list with commas it stays where it was loaded; one in a `memmap=` of its own is not even looked at
+    (arch/x86/boot/compressed/kaslr.c: mem_avoid_memmap; seen with 6.12 and 7.2).
+    """
+    exposed: list[tuple[int, int]] = []
+    avoided = 0
+    for name, value in arguments(command_line):
+        if name == "nokaslr":
+            return ()
+        if name != "memmap":
+            continue
+        parts, looked_at = value.split(","), avoided < AVOIDED_BY_KASLR
+        while parts and avoided < AVOIDED_BY_KASLR and (start := _start(parts[0])) is not None:
+            avoided += start != 0
+            del parts[0]
+        if looked_at and parts and avoided == AVOIDED_BY_KASLR:
+            return ()
+        exposed += _persistent(parts)
+    return _joined(exposed)
+
+
+def _start(part: str) -> int | None:
+    """As parse_memmap of the same file: 0 for what is not avoided, None for what ends its looking at the list."""
+    try:
+        _, rest = memparse(part)
+    except ValueError:
+        return None
+    with contextlib.suppress(ValueError):
+        return memparse(rest[1:])[0] if rest[:1] in ("!", "#", "$") else 0
+    return 0
+
+
+def _persistent(parts: Iterable[str]) -> Iterator[tuple[int, int]]:
+    for part in parts:
+        with contextlib.suppress(ValueError):
+            size, rest = memparse(part)
+            if rest.startswith("!") and size:
+                yield memparse(rest[1:])[0], size
 
 
 def _joined(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

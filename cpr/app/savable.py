@@ -21,7 +21,10 @@ OF_THE_JUMP = frozenset(
 )
 """Checks that do not matter where nobody jumps."""
 OF_THE_BOOT = frozenset(
-    {"ram-volatile-over-kexec", "memmap-missing", "ram-on-disk", "disk-volatile-over-kexec", "room-state"}
+    {
+        *("ram-volatile-over-kexec", "memmap-missing", "memmap-kaslr", "ram-on-disk", "disk-volatile-over-kexec"),
+        "room-state",
+    }
 )
 """Checks that do not matter where the kernel stays."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpr.kernelargs import AVOIDED_BY_KASLR
 from tests.host import image
 from tests.lab import cache
 
@@ -51,12 +52,15 @@ class Machine:
         return " ".join(words)
 
     def memmap(self) -> list[str]:
-        """The words that set memory aside, from 1 GiB on; regions that touched would be one to the kernel."""
-        words, start = [], 1024
+        """The words that set memory aside, from 1 GiB on; regions that touched would be one to the kernel.
+
+        More than four in a list, so that it stays where it is loaded: else it may unpack itself over the fifth.
+        """
+        parts, start = [], 1024
         for size in self.regions:
-            words.append(f"memmap={size}M!{start}M")
+            parts.append(f"{size}M!{start}M")
             start = (start + size) // 128 * 128 + 128
-        return words
+        return [f"memmap={','.join(parts)}"] if len(parts) > AVOIDED_BY_KASLR else [f"memmap={p}" for p in parts]
 
     def arguments(self, disks: image.Disks, directory: Path) -> list[str]:
         """The outer QEMU's options, but for kernel and serial ports; what is written to is in `directory`."""

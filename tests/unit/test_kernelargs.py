@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpr.kernelargs import arguments, memmap_word, memparse, persistent_ranges, words
+from cpr.kernelargs import arguments, exposed_ranges, memmap_word, memparse, persistent_ranges, words
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -66,6 +66,34 @@ def test_words_and_arguments() -> None:
     line = 'a  b="c d" "e=f g"\tquiet -- x=1\n'
     assert words(line) == ("a", 'b="c d"', '"e=f g"', "quiet", "--", "x=1")
     assert arguments(line) == (("a", ""), ("b", "c d"), ("e", "f g"), ("quiet", ""))
+
+
+FOUR = "memmap=1G!10G memmap=1G!12G memmap=1G!14G,1G!16G"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ro quiet", ()),
+        ("memmap=1G!4G", ()),
+        (FOUR, ()),
+        (f"{FOUR} memmap=1G!4G", ((4 * GIB, GIB),)),
+        (f"{FOUR} memmap=1G!4G,1G!6G", ((4 * GIB, GIB), (6 * GIB, GIB))),
+        (f"{FOUR},1G!4G", ()),
+        (f"{FOUR},1G!4G memmap=1G!6G", ()),
+        (f"{FOUR} memmap=1G!4G nokaslr", ()),
+        (f"nokaslr {FOUR} memmap=1G!4G", ()),
+        (f"{FOUR} memmap=1G!4G -- nokaslr", ((4 * GIB, GIB),)),
+        (f"memmap=64K$0x18690000 {FOUR}", ()),
+        (f"memmap=64K@0x18690000 {FOUR}", ()),
+        (f"memmap=64K$0x18690000,64K#1M {FOUR}", ((14 * GIB, GIB), (16 * GIB, GIB))),
+        (f"memmap=8G memmap=2G@4G {FOUR}", ()),
+        ("memmap=exactmap,1G!4G", ((4 * GIB, GIB),)),
+        ("memmap=nonsense,1G!4G", ((4 * GIB, GIB),)),
+    ],
+)
+def test_exposed_ranges(line: str, expected: tuple[tuple[int, int], ...]) -> None:
+    assert exposed_ranges(line) == expected
 
 
 @pytest.mark.parametrize(

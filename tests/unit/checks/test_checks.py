@@ -449,6 +449,13 @@ RAM_KINDS = (Backing.ANONYMOUS, Backing.MEMFD, Backing.TMPFS, Backing.HUGETLB, B
 COPY = RamDirectory(path="/srv/ram", free=100 * GIB, rate=1e9)
 
 
+def fifth(separator: str, more: str = "") -> NextKernel:
+    """A jump with four other regions in front of that of DEVDAX."""
+    regions = [f"1G!{number}G" for number in (8, 10, 12, 14, 4)]
+    word = "memmap=" + separator.join(regions) if separator == "," else " ".join(f"memmap={r}" for r in regions)
+    return next_kernel(command_line=f"ro {word} {more}")
+
+
 def copying(**changes: Any) -> NextKernel:
     """A jump for which RAM is copied."""
     return next_kernel(save_ram=replace(COPY, **changes))
@@ -474,6 +481,14 @@ KEXEC = [
     over("memmap-missing", "it is there", on_dax()),
     over("memmap-missing", "an NVDIMM needs none",
          guest(ram=(dax(storage=replace(DEVDAX, pmem=replace(REGION, provider="ACPI.NFIT"))),)), [], BARE),
+    over("memmap-kaslr", "the fifth of its own", on_dax(), [(B, "ram0")], fifth(" ")),
+    over("memmap-kaslr", "the fifth in a list", on_dax(), [], fifth(",")),
+    over("memmap-kaslr", "nokaslr", on_dax(), [], fifth(" ", "nokaslr")),
+    over("memmap-kaslr", "the first", on_dax()),
+    over("memmap-kaslr", "a disk", guest(disks=(replace(DEVDAX, path="/mnt/disk"),)), [(B, "/mnt/disk")], fifth(" ")),
+    over("memmap-kaslr", "an NVDIMM",
+         on_dax(ram=(dax(storage=replace(DEVDAX, pmem=replace(REGION, provider="ACPI.NFIT", start=1))),)), [],
+         fifth(" ")),
     over("memmap-missing", "a private mapping is lost anyhow", guest(ram=(dax(shared=False),)), [], BARE),
     over("ram-on-disk", "it is", guest(ram=(dax(storage=DISK),)), [(W, "ram0")]),
     over("ram-on-disk", "devdax", on_dax()),
