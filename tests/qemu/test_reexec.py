@@ -271,3 +271,26 @@ def test_a_guest_in_a_sandbox_under_another_user(lab: Lab, cpr: Command, builds:
             now = identity(guest.process.pid)
             assert now == before
         guest.check(rounds=0)
+
+
+NAMESPACES = {
+    "net": ("unshare", "--net"),
+    "pid": ("unshare", "--pid", "--fork", "--kill-child"),
+    "user": ("unshare", "--user", "--map-root-user", "--net"),
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make them")
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in NAMESPACES])
+def test_a_guest_in_namespaces_of_its_own(lab: Lab, cpr: Command, builds: Builds, kind: str) -> None:
+    """Twice: what the first update has left is understood by the second."""
+    with counted(lab, builds("7.2"), prefix=NAMESPACES[kind]) as guest:
+        (pid,) = qemus_of(lab)
+        before = identity(pid)
+        assert before["namespaces"][kind] != os.readlink(f"/proc/self/ns/{kind}")
+        for key in ("11.1.a", "11.1.b"):
+            with typing(guest):
+                result = cpr.update(pid, builds(key))
+                assert (result.code, result.guest["pid_after"]) == (0, pid), str(result)
+            assert identity(pid) == before
+        guest.check(rounds=0)
