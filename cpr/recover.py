@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cpr import errors, recover_in_place
-from cpr.engines import stream
+from cpr.engines import stream, threads
 from cpr.engines.after import HandBack
 from cpr.engines.doors import go_on
 from cpr.engines.execute import as_before
@@ -289,6 +289,10 @@ def _arrived(record: Record, monitor: qmp.Monitor, runstate: str, differences: l
     opened = any(record.header["steps"][i]["id"] == HandBack.__name__ for i in _done(record))
     notes, failed = hand_back(monitor, () if opened else settings.hand_back)
     differences += failed
+    if pid == record.pid:
+        with contextlib.suppress(CprError, OSError):
+            were = {name: placement.tid for name, placement in settings.threads.items()}
+            notes = [*notes, *threads.changed(were, threads.now(monitor, pid))]
     if (guest["runstate"] == Runstate.RUNNING) != (runstate == Runstate.RUNNING):
         differences.append(f"the guest was {guest['runstate']} and is {runstate}")
     code = Exit.DIFFERS if differences else Exit.OK

@@ -110,6 +110,7 @@ def test_everybody_is_killed(own: Victim, cpr: Command, stage: Stage, seconds: f
         assert "tries again" in result.guest["hint"]
         result = cpr("recover", "--json")
     assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
+    assert any("vCPU 0: thread" in note for note in result.guest["notes"]), "nobody was there to keep its id"
     own.in_the_new(before)
     own.can_be_updated()
 
