@@ -26,7 +26,7 @@ def ptrace(guest: Guest) -> Iterator[Finding]:
         return
     lacking = f" ({found.ability} is missing)" if found.ability and found.ability not in found.why else ""
     ways = [found.way_out] if found.way_out else []
-    if not guest.supervisors:
+    if not guest.supervisors and found.ability != "CAP_SYS_PTRACE":  # descriptors are taken by the same right
         ways.append("a handover does without it (--engine handover)")
     yield blocker(
         found.ability or f"pid {guest.process.pid}",

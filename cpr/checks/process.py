@@ -62,6 +62,18 @@ def privileges(guest: Guest, host: Host) -> Iterator[Finding]:
         yield blocker(what, f"{what} could not be read, and nothing is updated on a guess", "run cpr as root")
 
 
+@check("take-descriptors", "A process that descriptors cannot be taken from", ignorable=False, engines=("handover",))
+def take_descriptors(guest: Guest, host: Host) -> Iterator[Finding]:
+    """pidfd_getfd(2) asks for the right to trace, Yama and capabilities included; root of the host has it."""
+    found = guest.untraceable
+    if found is not None and found.ability == "CAP_SYS_PTRACE" and "CAP_SYS_PTRACE" not in host.capabilities:
+        yield blocker(
+            found.ability,
+            f"{found.why} ({found.ability} is missing): descriptors are taken from QEMU's process by the same right",
+            "run cpr as root",
+        )
+
+
 @check("limits", "Limits that cannot be given to the new QEMU", ignorable=False, modes=BOTH)
 def limits(guest: Guest, host: Host) -> Iterator[Finding]:
     """A hard limit above our own can only be set with CAP_SYS_RESOURCE."""

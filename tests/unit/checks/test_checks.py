@@ -204,6 +204,9 @@ PROCESS = [
          [(N, "CPR_FD_a, QEMU_START_FREEZE")]),
     Case("foreign-variables", "what an update leaves", guest(environ=(("A", "1"), ("CPR_RUN", "r1/42")))),
     Case("ptrace", "Yama", guest(untraceable=YAMA), [(B, "CAP_SYS_PTRACE")]),
+    Case("take-descriptors", "Yama", guest(untraceable=YAMA), [(B, "CAP_SYS_PTRACE")], {"host": host(capabilities=())}),
+    Case("take-descriptors", "a tracer", guest(untraceable=Untraceable(why="traced by pid 7"))),
+    Case("take-descriptors", "none", guest()),
     Case("ptrace", "a debugger", guest(untraceable=Untraceable(why="it is traced by pid 7")), [(B, "pid 4242")]),
     Case("ptrace", "it can be", guest()),
     Case("async-teardown", "two", guest(teardown_helpers=(50, 51)), [(N, "pid 50, 51")]),
@@ -623,15 +626,17 @@ def test_supervised_names_the_engine_that_keeps_the_pid() -> None:
 
 def test_what_cannot_be_traced_goes_over_by_handover_if_nobody_watches() -> None:
     watched = (Supervisor(kind="systemd", who="vm.service"),)
-    [alone] = said("ptrace", of=guest(untraceable=YAMA))
-    [served] = said("ptrace", of=guest(untraceable=YAMA, supervisors=watched))
+    traced = Untraceable(why="traced by pid 7")
+    [alone] = said("ptrace", of=guest(untraceable=traced))
+    [served] = said("ptrace", of=guest(untraceable=traced, supervisors=watched))
     assert alone.engines == served.engines == ("reexec",)
     assert not alone.ignorable
     assert "--engine handover" in alone.hint
     assert "handover" not in served.hint
-    assert "CAP_SYS_PTRACE is missing" in alone.message
-    [traced] = said("ptrace", of=guest(untraceable=Untraceable(why="traced by pid 7"), supervisors=watched))
-    assert traced.hint
+    assert served.hint
+    [lacking] = said("ptrace", of=guest(untraceable=YAMA))
+    assert "CAP_SYS_PTRACE is missing" in lacking.message
+    assert "handover" not in lacking.hint, "it takes descriptors by the same right"
 
 
 def engines_blocked(check: str, of: Guest) -> set[str]:
