@@ -29,6 +29,8 @@ LASTING = "/state/guests"
 HZ = 25
 PACE = {PLACE: counting.IDLE_PACE, LASTING: 160}
 """Pages walked between two lines: in a lasting guest all of its RAM within some seconds."""
+GROUP = 104
+"""Of guests that are not root's, beside their own."""
 DISK_BYTES = 16 << 20
 """Of the Linux guest's disk."""
 
@@ -322,7 +324,7 @@ def wrapped(words: Sequence[str], name: str, likeness: Likeness) -> str:
         steps.append(f"echo {likeness.oom} > /proc/self/oom_score_adj")
     inner = shlex.join(words)
     if likeness.uid:
-        inner = f"setpriv --reuid {likeness.uid} --regid {likeness.uid} --groups 104 --bounding-set -all -- {inner}"
+        inner = f"setpriv --reuid {likeness.uid} --regid {likeness.uid} --groups {GROUP} --bounding-set -all -- {inner}"
     if likeness.mounts:
         steps.append("mount -t tmpfs -o size=1m private /mnt")
     script = " && ".join([*steps, f"exec {inner}"])

@@ -81,8 +81,7 @@ def test_yama_refuses_the_guests_own_user(host: Host) -> None:
     guest = guests.start(host, "7.2", name=name, likeness=Likeness(uid=user))
     directory = f"/tmp/run{user}"
     host.sh(f"mkdir -m 700 {directory}; chown {user} {directory}")
-    groups = "$(stat -c %g /dev/kvm)"  # as the guest has them: a new QEMU is tried in its likeness
-    become = f"CPR_RUN_DIR={directory} exec setpriv --reuid={user} --regid={user} --groups={groups} cpr"
+    become = f"CPR_RUN_DIR={directory} exec setpriv --reuid={user} --regid={user} --groups={guests.GROUP} cpr"
     words = f"update --restart {name} --engine reexec -y --json --qemu {qemu.obtain('11.1.a').binary}"
     try:
         host.sh("echo 1 > /proc/sys/kernel/yama/ptrace_scope")

@@ -85,7 +85,7 @@ def test_unit_whose_guest_was_brought_back_is_not_started_beside_it(systemd_host
         guest.pid = answer["pid_after"]
         log = guest.goes_on()
         assert log.sound, log.problems()
-        assert host.sh("systemctl show -P ActiveState unit3.service").strip() == "inactive"
+        host.sh("until [ $(systemctl show -P ActiveState unit3.service) = inactive ]; do sleep 0.3; done", 60)
         asked = host.run("cpr may-start --unit unit3.service")
         assert asked.code == 3, asked
         assert f"runs as pid {guest.pid}" in asked.err, asked
