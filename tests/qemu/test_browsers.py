@@ -107,6 +107,7 @@ def test_browsers_find_it_all_the_time(lab: Lab, cpr: Command, builds: Builds, r
         guest.check(rounds=0)
 
 
+@full
 def test_another_process_cannot_have_it(lab: Lab, cpr: Command, builds: Builds) -> None:
     """Handover is refused, and says what keeps it."""
     plain, web = free_port(), free_port()

@@ -86,6 +86,7 @@ def test_clients_find_it_all_the_time(lab: Lab, cpr: Command, builds: Builds, ro
         guest.check(rounds=0)
 
 
+@full
 def test_at_a_path_with_a_password(lab: Lab, cpr: Command, builds: Builds) -> None:
     """QEMU removes a path and makes it anew; a password that was set over QMP is gone, and that is said before."""
     path = lab.directory / "spice"
@@ -106,6 +107,7 @@ def test_at_a_path_with_a_password(lab: Lab, cpr: Command, builds: Builds) -> No
         guest.check(rounds=0)
 
 
+@full
 def test_another_process_cannot_have_it(lab: Lab, cpr: Command, builds: Builds) -> None:
     guest = lab.counting(builds("7.2"), *tcp(free_port()))
     with untouched(lab, guest):
