@@ -89,7 +89,6 @@ def test_unit_whose_guest_was_brought_back_is_not_started_beside_it(systemd_host
         asked = host.run("cpr may-start --unit unit3.service")
         assert asked.code == 3, asked
         assert f"runs as pid {guest.pid}" in asked.err, asked
-        assert host.run("systemctl restart unit3.service").code in (0, 1)
         assert jumps.count_qemus(host) == 1
     finally:
         guest.end()
