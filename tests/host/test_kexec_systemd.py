@@ -63,12 +63,15 @@ def test_one_command_and_nothing_by_hand(hosts: Hosts) -> None:
     took = jumps.jump(host, "7.2", "--all", seconds=400)
     assert host.sh("uname -r").strip() == kernels.obtain("7.2").release
     hosts.lines.append(f"systemctl kexec with two guests, all restored when the host was up: {took:.1f} s")
-    story = host.run("systemctl status --no-pager -l cpr-restore.service; journalctl -b --no-pager -u cpr-restore").out
+    told = host.run("systemctl status --no-pager -l -n 50 cpr-restore.service").out
+    story = told + host.run("journalctl -b --no-pager -u cpr-restore").out
     assert host.run("systemctl is-active cpr-restore.service").out.strip() == "active", story
     assert jumps.count_qemus(host) == 2, story
     assert host.run("systemctl is-active web1.service").out.strip() == "inactive", story
     assert host.run("systemctl --failed --no-legend --plain").out.strip() == "", story
-    for guest in (bare, service):
+    for guest in (bare, service):  # its process among those of the unit, and what became of it in the last lines
+        assert f"-name {guest.name} " in told, told
+        assert f"{guest.name}: " in told, told
         log = guest.whole()
         assert log.sound, log.problems()
 
