@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from cpr.engines.inplace import in_place
 from cpr.engines.leftover import end_helpers
 from cpr.engines.prepare import same_ram
 from cpr.engines.successor import SILENT, waiting_chardevs
+from cpr.engines.switch import CLIENT
 from cpr.errors import StepFailed
 from cpr.linux.tracee import Call
 from cpr.linux.tracer import Batch, Detach
@@ -19,8 +21,7 @@ from cpr.model import Guest, Step
 from cpr.qemu import clients
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cpr.engines.inplace import InPlace
     from cpr.engines.successor import Inherited
@@ -66,14 +67,29 @@ class KeepClients(Step):
             return
         assert run.new is not None
         moves = (*self._places(run, kept), *self._ptys(run, kept))
+        silent: dict[str, socket.socket] = run.extra.get("doors", {})
+        ours = {label: silent if label in silent else kept.standing_in for label in kept.clients}
         try:
-            _move(run.new, kept, moves)
+            _move(run.new, kept, moves, lambda: self._hand_on(run, {label: ours[label][label] for label in ours}))
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         run.successor.execute("query-status")  # it goes on, or there is still a way back
-        silent: dict[str, socket.socket] = run.extra.get("doors", {})
-        for label in kept.clients:
-            (silent if label in silent else kept.standing_in).pop(label).close()
+        for label, among in ours.items():
+            among.pop(label).close()
+
+    def _hand_on(self, run: Run, ours: Mapping[str, socket.socket]) -> None:
+        """What waited in a device for room in a client's socket, the new QEMU wrote to ours as soon as it had loaded
+        (hw/char/serial.c, serial_post_load): its first words are the client's.
+
+        Raises:
+            StepFailed: there is no room for them. They are in the state, too: the way back has them.
+        """
+        for label, sock in ours.items():
+            with clients.socket_of(run.descriptors[CLIENT + label]) as client:
+                while words := _waiting(sock):
+                    there = clients.widen(client, patience=0.0, room=clients.MORE_ROOM)
+                    if not there or client.send(words, socket.MSG_DONTWAIT) < len(words):
+                        raise StepFailed(self.describe(), f"the client of {label} does not read what waits for it")
 
     def _places(self, run: Run, kept: InPlace) -> Iterator[tuple[int, int]]:
         """(number of a client, where it has its place)."""
@@ -98,14 +114,30 @@ class KeepClients(Step):
                 yield number, made[label]
 
 
-def _move(process: Process, kept: InPlace, moves: Sequence[tuple[int, int]]) -> None:
-    """Put descriptors into their places. A tracer that is killed may have moved some: another one moves the rest.
+def _waiting(sock: socket.socket) -> bytes:
+    """What can be read at once."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return sock.recv(65536)
+    return b""
+
+
+def _move(
+    process: Process, kept: InPlace, moves: Sequence[tuple[int, int]], before: Callable[[], None]
+) -> None:
+    """Put descriptors into their places, after `before`, while nobody runs. A tracer that is killed may have moved
+    some: another one moves the rest.
 
     Raises:
         ConnectionError: that was killed, too. What a tracer raises.
     """
     for last in (False, True):
         kept.attach(process)
+        try:
+            before()
+        except BaseException:
+            kept.let_go()
+            raise
         there = set(fdmap.verify(process.pid, kept.map).good.values())
         calls = [call for number, place in moves if number in there for call in ptys.put(number, place)]
         try:

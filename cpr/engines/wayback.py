@@ -70,6 +70,7 @@ def bring_back(run: Run, guest: Guest, back: Successor, kept: InPlace) -> None:
         StepFailed, NewQemuDied: it could not be; what is held stays held as long as we live.
     """
     assert run.old is not None
+    kept.let_go()  # what a tracer holds does not die
     for unit in _units(guest):
         run.journal.fact("outside", unit=unit)  # before systemd sees it end: see reboot/claims.py
     run.old.kill()

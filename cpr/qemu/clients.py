@@ -300,15 +300,17 @@ def _turning_away(
 
 ROOM = 8 << 20
 """Bytes a client's socket may hold for the time of a switch (a byte written alone is charged some 750)."""
+MORE_ROOM = 5 * ROOM
+"""Where that is full: a socket can be written to when three quarters are free (net/unix/af_unix.c, unix_writable)."""
 USUAL = 212992
 """net.core.wmem_default of every kernel so far."""
 SO_SNDBUFFORCE = 32
 
 
-def widen(sock: socket.socket, *, patience: float = 0.5) -> bool:
+def widen(sock: socket.socket, *, patience: float = 0.5, room: int = ROOM) -> bool:
     """Make room in a client's socket until it can be written to; a full one needs CAP_NET_ADMIN. Whether it can."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, ROOM)
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, room)
     return bool(select.select([], [sock], [], patience)[1])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import select
 import socket
 import time
@@ -9,26 +11,59 @@ from typing import TYPE_CHECKING
 
 from tests.lab import counting
 from tests.lab.counting import CountingLog
-from tests.qemu.conftest import BOTH_ENGINES
+from tests.qemu.conftest import BOTH_ENGINES, Command
+from tests.qemu.faults.fault import PATIENCE, Fault
+from tests.qemu.faults.moments import Script
+from tests.qemu.faults.subject import killed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.lab.qemu import QemuBuild
     from tests.lab.start import Lab
-    from tests.qemu.conftest import Command
-
-pytestmark = BOTH_ENGINES
+    from tests.qemu.faults.fault import Stage
 
 
+@BOTH_ENGINES
 def test_a_client_that_does_not_read_gets_everything_later(
     lab: Lab, cpr: Command, builds: Callable[[str], QemuBuild]
 ) -> None:
+    with slow(lab, builds("7.2")) as client:
+        result = cpr.update("slow", builds("11.1.a"))
+        assert result.guest["status"] == "updated", result
+        gets_everything(client)
+
+
+def test_one_that_is_full_again_when_the_guest_is_stopped(
+    lab: Lab, stage: Stage, builds: Callable[[str], QemuBuild]
+) -> None:
+    """A byte that waits in the serial port is written as soon as the new QEMU has the state: to whoever is there."""
+    cpr = Command(lab, "reexec")
+    with slow(lab, builds("7.2")) as client:
+        moment = Fault(at=Script("reexec").at("MakeRoom", "done"), do="wait")
+        words = ("update", "--restart", "slow", "--qemu", builds("11.1.a").binary, "-y", "--json", "--engine", "reexec")
+        process = cpr.start(*words, **stage.environment([moment]))
+        try:
+            announced = stage.wait()
+            full(client)
+            announced.go()
+            out, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            if process.poll() is None:
+                killed(process)
+        (outcome,) = json.loads(out)["guests"]
+        assert (outcome["status"], outcome["error"]) == ("updated", None)
+        gets_everything(client)
+
+
+@contextlib.contextmanager
+def slow(lab: Lab, build: QemuBuild) -> Iterator[socket.socket]:
+    """A client of a guest that counts, for which QEMU can write no more."""
     disk = counting.disk(lab.directory / "disk", hz=1000)
     path = lab.directory / "console"
     lab.start(
         [
-            *builds("7.2").command,
+            *build.command,
             *["-name", "slow", "-M", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "64M"],
             *["-nodefaults", "-display", "none"],
             *["-object", "memory-backend-memfd,id=ram0,size=64M,share=on"],
@@ -40,15 +75,17 @@ def test_a_client_that_does_not_read_gets_everything_later(
     with socket.socket(socket.AF_UNIX) as client:
         connect(client, str(path))
         full(client)
-        result = cpr.update("slow", builds("11.1.a"))
-        assert result.guest["status"] == "updated", result
-        log = CountingLog()
-        client.settimeout(10)
-        deadline = time.monotonic() + 60
-        while len(log.ticks) < 3000 and time.monotonic() < deadline:
-            log.feed(client.recv(65536))
-        assert len(log.ticks) >= 3000
-        assert log.problems() == []
+        yield client
+
+
+def gets_everything(client: socket.socket) -> None:
+    log = CountingLog()
+    client.settimeout(10)
+    deadline = time.monotonic() + 60
+    while len(log.ticks) < 3000 and time.monotonic() < deadline:
+        log.feed(client.recv(65536))
+    assert len(log.ticks) >= 3000
+    assert log.problems() == []
 
 
 def connect(client: socket.socket, path: str) -> None:
