@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from cpr.reboot.goingon import WentOn
     from cpr.reboot.manifest import SavedGuest, SavedRam
 
+GREETING_SECONDS = 60.0
+"""Before the first guest is stopped: many that are busy, on few processors, are asked at once."""
 SAVE_SECONDS = 60.0
 SUSPEND_SECONDS = 60.0
 QUIT_SECONDS = 20.0
@@ -120,7 +122,7 @@ class Saver:
         guest = self.guest
         assert guest.monitor is not None
         self._process = open_process(guest.process.pid, guest.process.start_time)
-        self._monitor = qmp.connect(guest.monitor, guest.process.pid, timeout=10.0)
+        self._monitor = qmp.connect(guest.monitor, guest.process.pid, timeout=GREETING_SECONDS)
         status = str(self._monitor.execute("query-status")["status"])
         if status != guest.runstate:
             raise Blocked(f"{guest.label} was {guest.runstate} when it was examined and is {status} now", hint="again")
