@@ -79,13 +79,13 @@ class KeepClients(Step):
 
     def _hand_on(self, run: Run, ours: Mapping[str, socket.socket]) -> None:
         """What waited in a device for room in a client's socket, the new QEMU wrote to ours as soon as it had loaded
-        (hw/char/serial.c, serial_post_load): its first words are the client's.
+        (hw/char/serial.c, serial_post_load): its first words are the client's. One that has hung up gets none.
 
         Raises:
             StepFailed: there is no room for them. They are in the state, too: the way back has them.
         """
         for label, sock in ours.items():
-            with clients.socket_of(run.descriptors[CLIENT + label]) as client:
+            with clients.socket_of(run.descriptors[CLIENT + label]) as client, contextlib.suppress(ConnectionError):
                 while words := _waiting(sock):
                     there = clients.widen(client, patience=0.0, room=clients.MORE_ROOM)
                     if not there or client.send(words, socket.MSG_DONTWAIT) < len(words):
@@ -122,9 +122,7 @@ def _waiting(sock: socket.socket) -> bytes:
     return b""
 
 
-def _move(
-    process: Process, kept: InPlace, moves: Sequence[tuple[int, int]], before: Callable[[], None]
-) -> None:
+def _move(process: Process, kept: InPlace, moves: Sequence[tuple[int, int]], before: Callable[[], None]) -> None:
     """Put descriptors into their places, after `before`, while nobody runs. A tracer that is killed may have moved
     some: another one moves the rest.
 

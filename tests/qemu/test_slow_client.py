@@ -9,6 +9,8 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.lab import counting
 from tests.lab.counting import CountingLog
 from tests.qemu.conftest import BOTH_ENGINES, Command
@@ -34,26 +36,32 @@ def test_a_client_that_does_not_read_gets_everything_later(
         gets_everything(client)
 
 
+@pytest.mark.parametrize("hangs_up", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_one_that_is_full_again_when_the_guest_is_stopped(
-    lab: Lab, stage: Stage, builds: Callable[[str], QemuBuild]
+    lab: Lab, stage: Stage, builds: Callable[[str], QemuBuild], hangs_up: bool
 ) -> None:
     """A byte that waits in the serial port is written as soon as the new QEMU has the state: to whoever is there."""
-    cpr = Command(lab, "reexec")
+    cpr, at = Command(lab, "reexec"), Script("reexec").at
     with slow(lab, builds("7.2")) as client:
-        moment = Fault(at=Script("reexec").at("MakeRoom", "done"), do="wait")
+        moments = [Fault(at=at("MakeRoom", "done"), do="wait"), Fault(at=at("LoadState", "done"), do="wait")]
         words = ("update", "--restart", "slow", "--qemu", builds("11.1.a").binary, "-y", "--json", "--engine", "reexec")
-        process = cpr.start(*words, **stage.environment([moment]))
+        process = cpr.start(*words, "--max-downtime", 20, **stage.environment(moments))
         try:
             announced = stage.wait()
             full(client)
             announced.go()
+            loaded = stage.wait()
+            if hangs_up:
+                client.close()
+            loaded.go()
             out, _ = process.communicate(timeout=PATIENCE)
         finally:
             if process.poll() is None:
                 killed(process)
         (outcome,) = json.loads(out)["guests"]
         assert (outcome["status"], outcome["error"]) == ("updated", None)
-        gets_everything(client)
+        if not hangs_up:
+            gets_everything(client)
 
 
 @contextlib.contextmanager
