@@ -134,6 +134,11 @@ def _persistent(parts: Iterable[str]) -> Iterator[tuple[int, int]]:
                 yield memparse(rest[1:])[0], size
 
 
+def meeting(ranges: Iterable[tuple[int, int]], start: int, size: int) -> list[tuple[int, int]]:
+    """Those that have a byte in common with this one."""
+    return [(s, n) for s, n in ranges if s < start + size and start < s + n]
+
+
 def _joined(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     joined: list[tuple[int, int]] = []
     for start, size in sorted(ranges):

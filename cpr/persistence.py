@@ -84,8 +84,7 @@ def region_persistence(region: PmemRegion, command_line: str) -> Persistence:
     ranges = kernelargs.persistent_ranges(command_line)
     if (region.start, region.size) in ranges:
         return Persistence(kept=True, reason=f"{word} is on the next kernel's command line")
-    end = region.start + region.size
-    meeting = [(s, n) for s, n in ranges if s < end and region.start < s + n]
+    meeting = kernelargs.meeting(ranges, region.start, region.size)
     if not meeting:
         why = f"{word} is not on the next kernel's command line, which would use the memory for itself"
         return Persistence(kept=False, reason=why, memmap=word)

@@ -242,7 +242,7 @@ def spice(guest: Guest) -> Iterator[Finding]:
 @check("spice-password", "A SPICE password that was set over QMP", modes=BOTH)
 def spice_password(guest: Guest, command: CommandLine) -> Iterator[Finding]:
     """Nobody can read it back. Until it is set again nobody can log in."""
-    given = [params for d in displays(command) if d.kind == "spice" for params in (d.params,)]
+    given = [d.params for d in displays(command) if d.kind == "spice"]
     if guest.spice == "spice" and not any("password" in p or "password-secret" in p for p in given):
         yield warning(
             "spice",

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from cpr.checks.registry import REBOOT, blocker, check, note, warning
 from cpr.checks.words import size, some
-from cpr.kernelargs import AVOIDED_BY_KASLR, exposed_ranges
+from cpr.kernelargs import AVOIDED_BY_KASLR, exposed_ranges, meeting
 from cpr.model import Backing, Storage
 from cpr.persistence import Persistence, persistence
 from cpr.qemu.cmdline import devices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from cpr.model import Finding, Guest, NextKernel, PmemRegion, RamBlock
+    from cpr.model import Finding, Guest, NextKernel, RamBlock
     from cpr.qemu.cmdline import CommandLine
 
 MODES = (REBOOT,)
@@ -99,7 +99,8 @@ def memmap_kaslr(guest: Guest, kexec: NextKernel) -> Iterator[Finding]:
     lying = [(b.id, f"{size(b.size)} of RAM at {b.path}", b.storage) for b in guest.ram if kept(b, kexec).kept]
     lying += [(disk.path, f"the image {disk.path}", disk) for disk in guest.disks]
     for subject, what, storage in lying:
-        if storage is not None and storage.pmem is not None and _meets(storage.pmem, exposed):
+        region = storage.pmem if storage is not None else None
+        if region is not None and region.start is not None and meeting(exposed, region.start, region.size):
             yield blocker(
                 subject,
                 f"{what} may be overwritten: the next kernel puts itself at a random address, and leaves the first "
@@ -107,11 +108,6 @@ def memmap_kaslr(guest: Guest, kexec: NextKernel) -> Iterator[Finding]:
                 "add nokaslr with --append; or write the regions as one list (memmap=A,B,C,D,E), for more than "
                 f"{AVOIDED_BY_KASLR} in one switch that off, too",
             )
-
-
-def _meets(region: PmemRegion, ranges: Iterable[tuple[int, int]]) -> bool:
-    start = region.start
-    return start is not None and any(s < start + region.size and start < s + n for s, n in ranges)
 
 
 @check("ram-on-disk", "RAM that is read from a disk after the jump", modes=MODES)

@@ -68,14 +68,15 @@ class KeepClients(Step):
         assert run.new is not None
         moves = (*self._places(run, kept), *self._ptys(run, kept))
         silent: dict[str, socket.socket] = run.extra.get("doors", {})
-        ours = {label: silent if label in silent else kept.standing_in for label in kept.clients}
+        among = {**kept.standing_in, **silent}
+        ours = {label: among[label] for label in kept.clients}
         try:
-            _move(run.new, kept, moves, lambda: self._hand_on(run, {label: ours[label][label] for label in ours}))
+            _move(run.new, kept, moves, lambda: self._hand_on(run, ours))
         except OSError as error:
             raise StepFailed(self.describe(), f"{error.strerror or error}") from None
         run.successor.execute("query-status")  # it goes on, or there is still a way back
-        for label, among in ours.items():
-            among.pop(label).close()
+        for label in ours:
+            (silent if label in silent else kept.standing_in).pop(label).close()
 
     def _hand_on(self, run: Run, ours: Mapping[str, socket.socket]) -> None:
         """What waited in a device for room in a client's socket, the new QEMU wrote to ours as soon as it had loaded

@@ -121,6 +121,14 @@ def test_another_process_cannot_have_it(lab: Lab, cpr: Command, builds: Builds) 
     assert (found["check"], found["hint"]) == ("vnc-websocket", "--engine reexec keeps it")
 
 
+def finished_by_recover(victim: Victim, before: Any, cpr: Command, stage: Stage) -> None:
+    """Command and keeper are killed when the new QEMU is to take the state, and `cpr recover` goes forward."""
+    victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
+    result = cpr("recover", "--json")
+    assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
+    victim.in_the_new(before)
+
+
 @pytest.mark.parametrize("faulty", ["fails", pytest.param("dies", marks=full)])
 def test_what_goes_wrong(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> None:
     """Browsers are served after the way back, and where cpr dies and is recovered."""
@@ -133,10 +141,7 @@ def test_what_goes_wrong(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> N
         assert outcome.status == Status.ROLLED_BACK, outcome
         victim.in_the_old_again(before)
     else:
-        victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
-        result = cpr("recover", "--json")
-        assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
-        victim.in_the_new(before)
+        finished_by_recover(victim, before, cpr, stage)
     assert browse(("127.0.0.1", web)).startswith(b"RFB ")
     assert rfb(("127.0.0.1", plain)).startswith(b"RFB ")
     victim.can_be_updated()

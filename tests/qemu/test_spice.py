@@ -17,7 +17,7 @@ from tests.qemu.moving import untouched
 from tests.qemu.parties import Knocker, Party, Qmp, counted, free_port
 from tests.qemu.spice import SpiceClient
 from tests.qemu.surveying import until
-from tests.qemu.test_browsers import listeners
+from tests.qemu.test_browsers import finished_by_recover, listeners
 from tests.qemu.test_reexec_midexec import copied, recovered
 
 if TYPE_CHECKING:
@@ -140,10 +140,7 @@ def test_what_goes_wrong(lab: Lab, cpr: Command, stage: Stage, faulty: str) -> N
         assert outcome.status == Status.ROLLED_BACK, outcome
         victim.in_the_old_again(before)
     else:
-        victim.kill_both(stage, Fault(at=SCRIPT.at("LoadState", "doing"), do="wait"))
-        result = cpr("recover", "--json")
-        assert (result.code, result.guest["status"]) == (Exit.OK, "updated"), str(result)
-        victim.in_the_new(before)
+        finished_by_recover(victim, before, cpr, stage)
     with SpiceClient(("127.0.0.1", port)) as client:
         assert client.greeted
     victim.can_be_updated()
